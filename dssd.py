@@ -1,0 +1,558 @@
+"""Chapter 5. Dynamic Self-Speculative Decoding: real compute skipped, output unchanged (arXiv 2407.21082).
+
+Greedy decoding asks the full model for every token. Here a token is first asked of shallow exits: the first
+head whose uncertainty is below its threshold *drafts* it. When no head is certain, the token goes to full
+depth, and that pass verifies every draft on the way, in one batch:
+
+    draft   x_{t+1} = argmax z_n(t)   at the first exit n with uncertainty(z_n(t)) < threshold_n
+    verify  keep drafts up to the first x_{p+1} != argmax z_L(p); put the full model's token there, drop the rest;
+            if all are kept, the same pass gives the next token as well
+
+So the output is the full model's by construction, and one level (through the thresholds) replaces the two
+numbers that LayerSkip needs tuned by hand: the exit layer and the draft length.
+
+The frontier. For every depth at which an exit is consulted there is a queue of positions waiting to go
+deeper. To know the next token, the newest position advances through the first segment, its head is asked,
+and if it is not certain all positions waiting at that depth advance through the next segment as one batch.
+A position that reaches depth L has been verified. No (position, block) pair is computed twice unless its
+token was rejected; drafting and verifying share one cache, whose blocks have different lengths.
+
+Sampling keeps the full model's distribution p (speculative sampling; Leviathan et al., Chen et al. 2023):
+a draft x ~ q is kept with probability min(1, p(x) / q(x)), else replaced by a draw from max(0, p - q).
+Whether to draft may depend on q, never on the x drawn from it. Sampling, the mid-depth veto and `tune` go
+beyond the paper.
+
+    python dssd.py                                       # one prompt, coloured by depth, then the table
+    python dssd.py --level 0.9 --temperature 0.8 --prompt "class "
+    python dssd.py --figure tokens.png
+
+Limits: batch 1; a prompt of P tokens can be followed by at most context - P + 1 new ones, where decoding stops.
+"""
+import argparse
+import itertools
+import os
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from confidence import entropy, is_certain
+from heads import ExitHeads, full_cost, toy_windows
+from model import TOY, InputError, Pythia, Tokenizer, command_line, locate, printer
+
+
+# ---------------------------------------------------------------- policies: four settings of one loop
+
+
+@dataclass
+class Policy:
+    """What the decoding loop does; made by Plain, EarlyExit, LayerSkip and DSSD."""
+    name: str
+    heads: ExitHeads = None
+    thresholds: tuple = ()        # one per head; None: never consulted
+    max_draft: int = 0            # drafts pending at most
+    verify: bool = True           # False: an exit's token is final
+    veto: bool = False            # deeper heads may cut a round short
+    fill: str = "exact"           # how positions that left early get deeper keys and values
+
+
+def Plain():
+    """The full model, token by token, cached."""
+    return Policy("Plain")
+
+
+def EarlyExit(heads, thresholds, fill="exact"):
+    """The first certain head's token is final: fewer layers, other text. Not lossless.
+
+    fill="exact" carries a position deeper when a later token needs its keys and values, in one batch;
+    fill="copy" takes the deeper blocks' keys and values from its exit state (CALM, Schuster et al. 2022).
+    """
+    if fill not in ("exact", "copy"):
+        raise InputError(f"fill {fill!r} must be 'exact' or 'copy'")
+    return Policy("EarlyExit", heads, tuple(thresholds), verify=False, fill=fill)
+
+
+def LayerSkip(heads, exit, draft_length):
+    """A fixed exit drafts a fixed number of tokens (Elhoushi et al. 2024): the hand-tuned baseline."""
+    if exit not in heads.layers or draft_length < 1:
+        raise InputError(f"LayerSkip: exit {exit} must be one of {heads.layers} and the draft length at least 1")
+    always = tuple(float("inf") if n == exit else None for n in heads.layers)
+    return Policy(f"LayerSkip {exit}x{draft_length}", heads, always, draft_length)
+
+
+def DSSD(heads, thresholds, max_draft=8, veto=True):
+    """Dynamic exit and dynamic draft length from the thresholds of one level."""
+    if max_draft < 1:
+        raise InputError("max_draft must be at least 1")
+    return Policy("DSSD", heads, tuple(thresholds), max_draft, veto=veto)
+
+
+# ---------------------------------------------------------------- a fast twin of the blocks
+
+
+def fold(block, R):
+    """A parallel block as two products: W1 (D, 3D + I), b1, W2 (D + I, D), b2.
+
+    The affine parts of both LayerNorms go into W1, so one plain normalisation serves both; the rows of q, k, v
+    are regrouped from per-head to per-kind; attention's output sits beside the MLP's hidden layer before W2.
+    The rotated dimensions are reordered so that each pair is adjacent: the rotation is one complex product,
+    and q.k does not depend on the order.
+    """
+    attention, mlp = block.attention, block.mlp
+    H, D = attention.heads, attention.dense.weight.shape[0]
+
+    def absorb(linear, norm):                                             # W (g x + c) + b = (W g) x + (W c + b)
+        w = linear.weight.double()
+        return w * norm.weight.double(), w @ norm.bias.double() + linear.bias.double()
+
+    w, b = absorb(attention.query_key_value, block.input_layernorm)       # (3D, D), (3D,)
+    w, b = w.view(H, 3, D // H, D), b.view(H, 3, D // H)
+    pairs = torch.arange(R, device=w.device).view(2, R // 2).T.flatten()  # 0, R/2, 1, R/2 + 1, ..
+    order = torch.cat((pairs, torch.arange(R, D // H, device=w.device)))
+    w[:, :2], b[:, :2] = w[:, :2, order], b[:, :2, order]
+    w, b = w.transpose(0, 1).reshape(3 * D, D), b.transpose(0, 1).reshape(3 * D)
+    up, up_b = absorb(mlp.dense_h_to_4h, block.post_attention_layernorm)
+    w1, b1 = torch.cat((w, up)).T, torch.cat((b, up_b))                   # (D, 3D + I), (3D + I,)
+    w2 = torch.cat((attention.dense.weight, mlp.dense_4h_to_h.weight), 1).T   # (D + I, D)
+    like = attention.dense.weight
+    return [t.to(like.dtype).contiguous() for t in (w1, b1, w2, attention.dense.bias + mlp.dense_4h_to_h.bias)]
+
+
+class Fused:
+    """A Pythia with folded blocks for decoding one sequence: same doors, same values up to rounding, less overhead.
+
+    All tensor views of a step depend only on the number of rows T, so they are made once per T; a block is then
+    nine calls. Only for parallel residuals; `fast(model)` falls back to the readable model elsewhere.
+    """
+
+    def __init__(self, model):
+        c = self.config = model.config
+        self.embed_in, self.new_cache = model.embed_in, model.new_cache
+        R = int(c.hidden_size // c.num_attention_heads * c.rotary_pct)
+        self.blocks = [fold(block, R) for block in model.layers]
+        self.out = self.fold_output(model.final_layer_norm, model.embed_out)
+        cos, sin = model.angles(0, c.max_position_embeddings, model.embed_in.weight.float())
+        self.turn = torch.complex(cos, sin)[..., :R // 2]                 # (context, 1, R / 2)
+        self.steps, self.twins = {}, {}
+
+    @staticmethod
+    def fold_output(norm, linear):
+        """LayerNorm and D -> V as one matrix (D, V) and one offset (V,) after a plain normalisation."""
+        w = linear.weight.double()
+        folded = (w * norm.weight.double()).T, w @ norm.bias.double()
+        return [t.to(linear.weight.dtype).contiguous() for t in folded]
+
+    def step(self, T, like):
+        """A buffer z (T, 3D + I) for q, k, v and the MLP's hidden layer, and the views of it that a block needs."""
+        if T in self.steps:
+            return self.steps[T]
+        c = self.config
+        D, H = c.hidden_size, c.num_attention_heads
+        K, W, R = D // H, 3 * D + c.intermediate_size, 2 * self.turn.shape[-1]
+        z = like.new_empty(T, W)
+        views = (z, z.as_strided((T, 2 * H, R // 2, 2), (W, K, 2, 1)),    # the rotated pairs of q and k
+                 z.as_strided((1, H, T, K), (W, K, W, 1)),                # q
+                 z.as_strided((2, 1, H, T, K), (D, W, K, W, 1), D),       # k and v
+                 z.as_strided((1, H, T, K), (W, K, W, 1), 2 * D),         # where attention's output goes: over v
+                 z[:, 3 * D:], z[:, 2 * D:])                              # MLP's hidden layer; both inputs of W2
+        if z.dtype == torch.float32:
+            views = (z, torch.view_as_complex(views[1]), *views[2:])
+        if T <= 32:
+            self.steps[T] = views
+        return views
+
+    def run_folded(self, x, folded, cache, start, stop):
+        """Rows x (T, D) through folded blocks start .. stop - 1 of a cache."""
+        T, D, n = len(x), x.shape[1], cache.length[start]
+        if n + T > cache.max_len:
+            raise InputError(f"{n + T} tokens do not fit in a context of {cache.max_len}; shorten the prompt")
+        z, pairs, q, new, y, hidden, both = self.step(T, x)
+        kv, turn, eps = cache.kv[start:stop], self.turn[n:n + T], self.config.layer_norm_eps
+        mask = Pythia.mask(n, T, x)
+        causal = mask is None and T > 1
+        slots = kv[..., n:n + T, :].unbind(0)                             # (2, 1, H, T, K) per block
+        keys, values = (kv[:, i, ..., :n + T, :].unbind(0) for i in (0, 1))   # (1, H, n + T, K) per block
+        for slot, k, v, (w1, b1, w2, b2) in zip(slots, keys, values, folded):
+            torch.addmm(b1, torch.layer_norm(x, (D,), None, None, eps), w1, out=z)
+            self.rotate(pairs, turn)
+            slot.copy_(new)
+            y.copy_(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
+            torch._C._nn.gelu_(hidden)
+            x = torch.addmm(x, both, w2).add_(b2)
+        cache.length[start:stop] = [n + T] * (stop - start)
+        return x
+
+    def keys_values(self, x, block, cache):
+        """As Pythia.keys_values: only this part of the block, for x (1, 1, D)."""
+        n, kind = cache.length[block], 3 * x.shape[-1]
+        z, pairs, _, new, *_ = self.step(1, x[0])
+        w1, b1 = self.blocks[block][:2]
+        rows = torch.layer_norm(x[0], x.shape[-1:], None, None, self.config.layer_norm_eps)
+        z[:, :kind] = torch.addmm(b1[:kind], rows, w1[:, :kind])
+        self.rotate(pairs, self.turn[n:n + 1])
+        cache.append(block, new)
+
+    @staticmethod
+    def rotate(pairs, turn):
+        if pairs.is_complex():
+            pairs.mul_(turn)
+        else:                                                             # there are no complex bfloat16 numbers
+            pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * turn))
+
+    def embed(self, ids):
+        return self.embed_in(ids)
+
+    def run(self, x, start, stop, cache):
+        """As Pythia.run, for B = 1 and with a cache."""
+        return self.run_folded(x[0], self.blocks[start:stop], cache, start, stop)[None]
+
+    def unembed(self, x):
+        return self.output(x, *self.out)
+
+    def output(self, x, matrix, offset):
+        rows = torch.layer_norm(x[0], x.shape[-1:], None, None, self.config.layer_norm_eps)
+        return torch.addmm(offset, rows, matrix)[None]
+
+    def twin(self, head):
+        """The fused twin of an exit head (kinds linear and block; the others run as they are)."""
+        if head not in self.twins:
+            self.twins[head] = FusedHead(self, head) if head.kind in ("linear", "block") else head
+        return self.twins[head]
+
+
+class FusedHead:
+    """A linear or block head with its block and its norm folded; same body, output and new_cache as ExitHead."""
+
+    def __init__(self, fused, head):
+        self.fused, self.kind, self.new_cache = fused, head.kind, head.new_cache
+        self.out = fused.fold_output(head.norm, head.out)
+        if head.kind == "block":
+            self.folded = [fold(head.block, 2 * fused.turn.shape[-1])]
+
+    def body(self, h, cache=None):
+        return self.fused.run_folded(h[0], self.folded, cache, 0, 1)[None] if self.kind == "block" else h
+
+    def output(self, x):
+        return self.fused.output(x, *self.out)
+
+
+def fast(model):
+    """The fused twin where there is one, else the model itself."""
+    return Fused(model) if model.config.use_parallel_residual else model
+
+
+# ---------------------------------------------------------------- statistics
+
+
+@dataclass
+class Stats:
+    """What a generation did. A round is one verification with its drafts; prefill counts in seconds only."""
+    depth: int = 0                # L
+    emitted: int = 0              # new tokens, the prefill's first one included
+    drafted: int = 0
+    accepted: int = 0             # drafts equal to the full model's choice before the first mismatch
+    rounds: int = 0
+    blocks: int = 0               # (position, block) pairs evaluated
+    redone: int = 0               # of these, for drafts that were rejected
+    prefills: int = 0             # generations counted
+    extra_cost: float = 0.0       # heads and unembeddings, in block-equivalents
+    draft_lengths: Counter = field(default_factory=Counter)
+    exits: Counter = field(default_factory=Counter)           # emitted tokens by the depth that produced them
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    def __iadd__(self, other):
+        for name in self.__dataclass_fields__:
+            if name != "depth":
+                setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.depth = other.depth
+        return self
+
+    @property
+    def decoded(self):
+        """Tokens emitted after the prefill's, to which all costs and rates refer."""
+        return max(1, self.emitted - self.prefills)
+
+    wasted = property(lambda s: s.drafted - s.accepted)
+    acceptance = property(lambda s: s.accepted / s.drafted if s.drafted else float("nan"))
+    tau = property(lambda s: s.decoded / s.rounds if s.rounds else float("nan"))
+    draft_length = property(lambda s: s.drafted / s.rounds if s.rounds else float("nan"))
+    layers_per_token = property(lambda s: s.blocks / s.decoded)
+    cost_per_token = property(lambda s: (s.blocks + s.extra_cost) / s.decoded)
+    ms_per_token = property(lambda s: 1000 * s.decode_seconds / s.decoded)
+    tokens_per_second = property(lambda s: s.decoded / s.decode_seconds if s.decode_seconds else float("nan"))
+
+
+@dataclass
+class Generation:
+    tokens: list                  # new ids
+    depths: list                  # the depth that produced each
+    stats: Stats
+
+
+# ---------------------------------------------------------------- the frontier
+
+
+class Frontier:
+    """Which positions have reached which depth, and the residual streams of those that wait to go on.
+
+    Depths `bounds` = 0, the consulted exits, L. `reached[s]` positions have arrived at bounds[s]; `queue[s]`
+    holds the rows (1, n, D) of those that have not yet left it.
+    """
+
+    def __init__(self, model, policy, capacity, stats):
+        L = model.config.num_hidden_layers
+        self.model, self.stats = model, stats
+        self.exits = [m for m, t in enumerate(policy.thresholds) if t is not None]
+        self.bounds = [0, *(policy.heads.layers[m] for m in self.exits), L]
+        self.thresholds = [policy.thresholds[m] for m in self.exits]
+        own = [policy.heads.heads[m] for m in self.exits]
+        self.costs = [head.cost() for head in own]
+        self.heads = [model.twin(h) for h in own] if isinstance(model, Fused) else own
+        self.cache = model.new_cache(1, capacity)
+        self.head_caches = [head.new_cache(1, capacity) for head in self.heads]
+        self.unread = [None] * len(self.heads)                            # rows that a block head has yet to read
+        self.reached = [0] * len(self.bounds)
+        self.queue = [None] * len(self.bounds)
+
+    def push(self, tokens):
+        """New positions arrive at depth 0."""
+        x = self.model.embed(torch.tensor([tokens], device=self.cache.kv.device))     # (1, n, D)
+        self.queue[0] = x if self.queue[0] is None else torch.cat((self.queue[0], x), 1)
+        self.reached[0] += len(tokens)
+
+    def advance(self, s):
+        """All positions waiting at bounds[s] go on to bounds[s + 1], in one batch; returns how many."""
+        x, self.queue[s] = self.queue[s], None
+        if x is None:
+            return 0
+        start, stop = self.bounds[s], self.bounds[s + 1]
+        x = self.model.run(x, start, stop, self.cache)
+        self.stats.blocks += x.shape[1] * (stop - start)
+        waiting = self.queue[s + 1]
+        self.queue[s + 1] = x if waiting is None else torch.cat((waiting, x), 1)
+        self.reached[s + 1] = self.reached[s]
+        if s < len(self.heads) and self.head_caches[s]:
+            self.unread[s] = x if self.unread[s] is None else torch.cat((self.unread[s], x), 1)
+        return x.shape[1]
+
+    def ask(self, s, rows=1):
+        """Logits (rows, V) of the head at bounds[s + 1] for the newest rows that arrived there."""
+        head, x = self.heads[s], self.queue[s + 1]
+        if self.head_caches[s]:
+            x, self.unread[s] = head.body(self.unread[s], self.head_caches[s]), None
+        else:
+            x = head.body(x[:, -rows:])
+        self.stats.extra_cost += rows * self.costs[s]
+        return head.output(x[:, -rows:])[0]
+
+    def take(self):
+        """The rows that have reached depth L since the last call."""
+        x, self.queue[-1] = self.queue[-1], None
+        return x
+
+    def cut(self, n):
+        """Forget every position from n on, wherever it waits."""
+        for s, x in enumerate(self.queue[:-1]):                           # the last queue is empty: all were taken
+            keep = min(self.reached[s], n) - self.reached[s + 1]
+            self.queue[s] = x[:, :keep] if x is not None and keep > 0 else None
+        for s, cache in enumerate(self.head_caches):
+            if cache:
+                if self.unread[s] is not None:
+                    keep = max(0, n - cache.length[0])
+                    self.unread[s] = self.unread[s][:, :keep] if keep else None
+                cache.truncate(n)
+        lost = [max(0, r - n) for r in self.reached]
+        self.stats.redone += sum(k * (b - a) for k, a, b in zip(lost[1:], self.bounds, self.bounds[1:]))
+        self.reached = [min(r, n) for r in self.reached]
+        self.cache.truncate(n)
+
+    def copy_state(self, s):
+        """CALM's shortcut: the deeper blocks take keys and values of the position waiting at bounds[s] from there."""
+        x, self.queue[s] = self.queue[s], None
+        for block in range(self.bounds[s], self.bounds[-1]):
+            self.model.keys_values(x, block, self.cache)
+        self.reached[s + 1:] = [self.reached[s]] * (len(self.bounds) - s - 1)
+        self.stats.extra_cost += (self.bounds[-1] - self.bounds[s]) / 6   # 2 of a block's 12 D x D products
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def distribution(logits, temperature, top_p):
+    """Probabilities (..., V) that sampling uses: softmax at the temperature, cut to the top-p nucleus."""
+    p = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, at = p.sort(-1, descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0                # keep the fewest that reach top_p
+        p = torch.zeros_like(p).scatter(-1, at, ordered)
+        p /= p.sum(-1, keepdim=True)
+    return p
+
+
+def draw(p, generator):
+    return torch.multinomial(p, 1, generator=generator).item()
+
+
+def keep_or_replace(p, q, token, generator):
+    """Speculative sampling of one draft token ~ q against the full model's p (V,): (kept, token)."""
+    if torch.rand((), generator=generator, device=p.device) * q[token] < p[token]:    # probability min(1, p / q)
+        return True, token
+    rest = (p - q).clamp(min=0)
+    if not rest.any():                                                    # p = q up to rounding
+        rest = p
+    return False, draw(rest, generator)
+
+
+def verify_drafts(logits, pending, temperature, top_p, generator):
+    """Full-model logits (n + 1, V) for n pending drafts -> how many are kept, and the full model's next token.
+
+    With n rows only, there is no next token after n kept drafts: None.
+    """
+    if not temperature:
+        full = logits.argmax(-1).tolist()
+        kept = next((i for i, (token, _, _) in enumerate(pending) if token != full[i]), len(pending))
+        return kept, full[kept] if kept < len(full) else None
+    p = distribution(logits, temperature, top_p)
+    for i, (token, _, q) in enumerate(pending):
+        kept, token = keep_or_replace(p[i], q, token, generator)
+        if not kept:
+            return i, token
+    return len(pending), draw(p[len(pending)], generator) if len(p) > len(pending) else None
+
+
+class Decoder:
+    """One generation: the loop that all policies share. Iterating yields (token, depth that produced it)."""
+
+    def __init__(self, model, ids, max_new_tokens, policy, temperature, top_p, stop, seed, stats):
+        self.model, self.ids, self.policy, self.stop, self.stats = model, ids, policy, stop, stats
+        self.temperature, self.top_p = temperature, top_p
+        self.limit = min(max_new_tokens, model.config.max_position_embeddings - len(ids) + 1)
+        self.generator = torch.Generator(model.embed_in.weight.device)
+        self.generator.seed() if seed is None else self.generator.manual_seed(seed)
+        self.frontier = Frontier(model, policy, len(ids) + self.limit, stats)
+        self.pending, self.emitted = [], 0                                # pending: drafts (token, depth, q)
+
+    def prefill(self):
+        """The whole prompt to full depth; the full model's first token."""
+        begin, f, L = time.perf_counter(), self.frontier, self.model.config.num_hidden_layers
+        f.push(self.ids)
+        for s in range(len(f.bounds) - 1):
+            f.advance(s)
+        self.stats.depth = L
+        _, token = verify_drafts(self.model.unembed(f.take()[:, -1:])[0], [], self.temperature, self.top_p, self.generator)
+        self.stats.blocks -= len(self.ids) * L
+        self.stats.prefills += 1
+        self.stats.prefill_seconds += time.perf_counter() - begin
+        return token
+
+    def draft(self, deep):
+        """Advance the newest position exit by exit until a head is certain: (token, depth, q). None if none is.
+
+        `deep`: nothing more is drafted this round, so no head is asked but for the veto.
+        """
+        f, pending = self.frontier, self.pending
+        for s, threshold in enumerate(f.thresholds):
+            fresh = f.advance(s)
+            vetoing = self.policy.veto and not self.temperature and pending and fresh
+            if deep and not vetoing:
+                continue
+            logits = f.ask(s, fresh if vetoing else 1)                    # (rows, V)
+            answers = torch.stack((entropy(logits), logits.argmax(-1).float())).tolist()   # one synchronisation
+            if vetoing:                                                   # row i predicts the draft `first + i`
+                first = f.reached[s + 1] - fresh - f.reached[-1]
+                for i, (uncertainty, guess) in enumerate(zip(*answers), start=first):
+                    if i < len(pending) and guess != pending[i][0] and is_certain(uncertainty, threshold):
+                        f.cut(f.reached[-1] + i + 1)                      # verification would most likely end there
+                        del pending[i:]
+                        deep = True
+                        break
+            if not deep and is_certain(answers[0][-1], threshold):
+                if not self.temperature:
+                    return int(answers[1][-1]), f.bounds[s + 1], None
+                q = distribution(logits[-1], self.temperature, self.top_p)
+                return draw(q, self.generator), f.bounds[s + 1], q
+        return None
+
+    def full_depth(self):
+        """Everything that waits goes to depth L; returns the tokens this settles, [(token, depth)]."""
+        f, model, stats, L = self.frontier, self.model, self.stats, self.model.config.num_hidden_layers
+        verified = f.reached[-1]                                          # positions at full depth so far
+        f.advance(len(f.bounds) - 2)
+        rows = f.take() if self.policy.verify else f.take()[:, -1:]       # (1, n, D)
+        stats.extra_cost += rows.shape[1] * (full_cost(model) - L)
+        kept, token = verify_drafts(model.unembed(rows)[0], self.pending, self.temperature, self.top_p, self.generator)
+        if kept < len(self.pending):
+            f.cut(verified + kept + 1)
+        settled = [draft[:2] for draft in self.pending[:kept]] + ([(token, L)] if token is not None else [])
+        if self.policy.verify:
+            stats.rounds, stats.accepted = stats.rounds + 1, stats.accepted + kept
+            stats.draft_lengths[self.drafted] += 1
+            stats.drafted += self.drafted
+        self.pending, self.drafted = [], 0
+        return settled
+
+    @torch.inference_mode()
+    def __iter__(self):
+        f, policy, self.drafted = self.frontier, self.policy, 0
+        settled = [(self.prefill(), self.model.config.num_hidden_layers)]
+        begin = time.perf_counter()
+        while True:
+            for token, depth in settled:
+                self.emitted += 1
+                self.stats.exits[depth] += 1
+                yield token, depth
+                if token == self.stop or self.emitted == self.limit:
+                    self.stats.emitted += self.emitted
+                    self.stats.decode_seconds += time.perf_counter() - begin
+                    return
+            settled = []
+            newest = self.pending[-1][0] if self.pending else token
+            ended = bool(self.pending) and newest == self.stop            # a drafted end needs no position of its own
+            if not ended:
+                f.push([newest])
+            deep = ended or policy.verify and (len(self.pending) >= policy.max_draft
+                                               or self.emitted + len(self.pending) + 1 >= self.limit)
+            draft = self.draft(deep)
+            if draft is None:
+                settled = self.full_depth()
+            elif policy.verify:
+                self.pending.append(draft)
+                self.drafted += 1
+            else:
+                settled = [draft[:2]]
+                if policy.fill == "copy":
+                    f.copy_state(f.bounds.index(draft[1]))
+
+
+def generate(model, ids, max_new_tokens, policy, *, temperature=0.0, top_p=1.0, stop=None, seed=None, stats=None):
+    """Continue the prompt `ids` by at most max_new_tokens tokens under a policy -> Generation.
+
+    Greedy at temperature 0, else sampled from the top_p nucleus. Ends with the token `stop` (kept), or when the
+    context is full: context - len(ids) + 1 new tokens. `stats`, where given, is added to. Raises InputError.
+    """
+    stats = Stats() if stats is None else stats
+    tokens, depths = [], []
+    for token, depth in stream(model, ids, max_new_tokens, policy, temperature=temperature, top_p=top_p, stop=stop,
+                               seed=seed, stats=stats):
+        tokens.append(token)
+        depths.append(depth)
+    return Generation(tokens, depths, stats)
+
+
+def stream(model, ids, max_new_tokens, policy, *, temperature=0.0, top_p=1.0, stop=None, seed=None, stats=None):
+    """As generate(), but yields (token, depth that produced it) as they are settled."""
+    context = model.config.max_position_embeddings
+    if not ids:
+        raise InputError("the prompt is empty; give at least one token")
+    if len(ids) > context:
+        raise InputError(f"the prompt has {len(ids)} tokens, the context holds {context}; shorten it")
+    if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
+        raise InputError("max_new_tokens must be at least 1, temperature at least 0, and top_p in (0, 1]")
+    if policy.heads and len(policy.thresholds) != len(policy.heads.layers):
+        raise InputError(f"{len(policy.thresholds)} thresholds were given for {len(policy.heads.layers)} heads")
+    return iter(Decoder(model, list(ids), max_new_tokens, policy, temperature, top_p, stop, seed,
+                        Stats() if stats is None else stats))
