@@ -36,10 +36,11 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from confidence import entropy, is_certain
+from confidence import calibrate, entropy, is_certain
 from heads import ExitHeads, full_cost, toy_windows
 from model import TOY, InputError, Pythia, Tokenizer, command_line, locate, printer
 
@@ -83,7 +84,7 @@ def LayerSkip(heads, exit, draft_length):
     return Policy(f"LayerSkip {exit}x{draft_length}", heads, always, draft_length)
 
 
-def DSSD(heads, thresholds, max_draft=8, veto=True):
+def DSSD(heads, thresholds, max_draft=8, veto=False):
     """Dynamic exit and dynamic draft length from the thresholds of one level."""
     if max_draft < 1:
         raise InputError("max_draft must be at least 1")
@@ -556,3 +557,282 @@ def stream(model, ids, max_new_tokens, policy, *, temperature=0.0, top_p=1.0, st
         raise InputError(f"{len(policy.thresholds)} thresholds were given for {len(policy.heads.layers)} heads")
     return iter(Decoder(model, list(ids), max_new_tokens, policy, temperature, top_p, stop, seed,
                         Stats() if stats is None else stats))
+
+
+# ---------------------------------------------------------------- the automatic level
+
+
+@torch.inference_mode()
+def record(model, heads, prompts, max_new_tokens, temperature=0.0, seed=0):
+    """The full model's own continuations, and what every head would have said at each of their positions.
+
+    Returns entropy (N, M) in nats and the chance that the head's draft is kept (N, M), over all prompts' new tokens:
+    agreement with the full model's argmax at temperature 0, else sum_x min(p(x), q(x)).
+    """
+    uncertainty, kept, decoder = [], [], fast(model)
+    for prompt in prompts:
+        new = generate(decoder, prompt, max_new_tokens, Plain(), temperature=temperature, seed=seed).tokens
+        ids = torch.tensor([prompt + new], device=model.embed_in.weight.device)      # (1, P + n)
+        full, hidden = model(ids[:, :-1], exits=heads.layers)
+        asked = slice(len(prompt), None)                                  # the prefill gives the first new token
+        full, heads_say = full[0, asked], [z[0, asked] for z in heads.logits(hidden)]    # (n - 1, V) each
+        uncertainty.append(torch.stack([entropy(z) for z in heads_say], 1))
+        if temperature:
+            p, qs = distribution(full, temperature, 1.0), [distribution(z, temperature, 1.0) for z in heads_say]
+            kept.append(torch.stack([torch.minimum(p, q).sum(-1) for q in qs], 1))
+        else:
+            kept.append(torch.stack([(z.argmax(-1) == full.argmax(-1)).float() for z in heads_say], 1))
+    return torch.cat(uncertainty).cpu().numpy(), torch.cat(kept).cpu().numpy()
+
+
+@torch.inference_mode()
+def measure(model, heads, max_rows, repeats=20):
+    """Milliseconds on this machine: {"block": [.. by rows], "full": [.. by rows], "head": [.. by exit]}.
+
+    block: one block for n = 1 .. max_rows rows at a cache of 128 positions; full: embedding, unembedding and choice
+    for n rows; head: one head for one row, with its entropy and the synchronisation. Medians.
+    """
+    L, device = model.config.num_hidden_layers, model.embed_in.weight.device
+    seed_ids = torch.zeros(1, 128, dtype=torch.long, device=device)
+    cache = model.new_cache(1, 128 + max_rows)
+    model.run(model.embed(seed_ids), 0, L, cache)
+
+    def clock(f):
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            f()
+            times.append(time.perf_counter() - begin)
+        return 1000 * sorted(times)[repeats // 2]
+
+    cost = {"block": [], "full": [], "head": []}
+    for n in range(1, max_rows + 1):
+        x = model.embed(seed_ids[:, :n])
+
+        def blocks():
+            cache.truncate(128)
+            return model.run(x, 0, L, cache)[0, 0, 0].item()
+        cost["block"].append(clock(blocks) / L)
+        cost["full"].append(clock(lambda: model.unembed(model.embed(seed_ids[:, :n]))[0].argmax(-1).tolist()))
+    for head in heads.heads:
+        head, row = model.twin(head) if isinstance(model, Fused) else head, model.embed(seed_ids[:, :1])
+        own = head.new_cache(1, 128 + max_rows)
+        if own:
+            head.body(model.embed(seed_ids), own)
+
+        def ask():
+            if own:
+                own.truncate(128)
+            z = head.output(head.body(row, own))[0]
+            return torch.stack((entropy(z), z.argmax(-1).float())).tolist()
+        cost["head"].append(clock(ask))
+    return cost
+
+
+def replay(layers, L, exits, good, max_draft, cost):
+    """Milliseconds per token that DSSD would take on recorded tokens, without running the model.
+
+    exits[p]: index of the exit that drafts token p, or None (full depth); good[p]: whether that draft is kept. After
+    the first bad draft of a round the recorded uncertainties stand in for those of the wrong text, which nobody knows.
+    """
+    block, full, head = cost["block"], cost["full"], cost["head"]
+    used = sorted(layers)
+    bounds = [0, *(layers[m] for m in used), L]
+    p, N, ms = 0, len(exits), 0.0
+    while p < N:
+        waiting, drafted = [0] * len(bounds), 0                           # rows that wait at each bound
+        while True:
+            deep = drafted == max_draft or p + drafted >= N - 1
+            waiting[0] += 1
+            e = None if deep else exits[p + drafted]
+            for s, m in enumerate(used):
+                ms += (bounds[s + 1] - bounds[s]) * block[min(waiting[s], len(block)) - 1]
+                waiting[s + 1] += waiting[s]
+                waiting[s] = 0
+                if not deep:
+                    ms += head[m]
+                    if e == m:
+                        break
+            else:
+                break
+            drafted += 1
+        n = min(waiting[-2], len(block))
+        ms += (L - bounds[-2]) * block[n - 1] + full[n - 1]
+        kept = next((i for i in range(drafted) if not good[p + i]), drafted)
+        p += kept + 1
+    return ms / p
+
+
+def tune(model, heads, uncertainty, kept, cost, max_drafts=(1, 2, 3, 4, 5, 6, 8, 10, 12, 16), seed=0):
+    """The automatic level: (thresholds, max_draft, expected ms per token) of the fastest DSSD on recorded tokens.
+
+    Tries every head alone and every pair of heads, one level of agreement for both (thresholds by calibration on the
+    record itself) or no condition at all, and every draft cap, under the measured cost model. (None, .., ) if plain
+    decoding is expected to be faster.
+    """
+    M, L = len(heads.layers), model.config.num_hidden_layers
+    good = np.random.default_rng(seed).random(kept.shape) < kept          # (N, M), kept or not
+    best = [None] * M, 1, L * cost["block"][0] + cost["full"][0]
+    levels = {m: [calibrate(uncertainty[:, m], good[:, m], level) for level in (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)]
+              + [float("inf")] for m in range(M)}
+    for chosen in [c for n in (1, 2) for c in itertools.combinations(range(M), n)]:
+        for i in range(len(levels[0])):
+            thresholds = [levels[m][i] if m in chosen else None for m in range(M)]
+            used = [m for m in chosen if thresholds[m] is not None]
+            if len(used) < len(chosen):
+                continue
+            certain = np.stack([is_certain(uncertainty[:, m], thresholds[m]) for m in used], 1)   # (N, used)
+            first = certain.argmax(1)
+            exits = [used[f] if any_ else None for f, any_ in zip(first, certain.any(1))]
+            hit = good[np.arange(len(good)), [used[f] for f in first]].tolist()
+            for cap in max_drafts:
+                ms = replay({m: heads.layers[m] for m in used}, L, exits, hit, cap, cost)
+                if ms < best[2]:
+                    best = thresholds, cap, ms
+    return best
+
+
+def automatic(model, heads, prompts, max_new_tokens=96, temperature=0.0):
+    """A DSSD policy tuned on the model's own continuations of `prompts` (lists of ids) on this machine."""
+    decoder = fast(model)
+    uncertainty, kept = record(model, heads, prompts, max_new_tokens, temperature)
+    thresholds, cap, _ = tune(model, heads, uncertainty, kept, measure(decoder, heads, 17))
+    return DSSD(heads, thresholds, cap)
+
+
+# ---------------------------------------------------------------- the chapter's demonstration
+
+COLOURS = ((0.0, "#440154", 54), (0.3, "#31688e", 31), (0.6, "#35b779", 36), (1.01, "#b8860b", 136))   # by depth / L
+
+
+def colour(depth, L):
+    """A colour-blind safe colour of a depth: (hex, terminal code), dark violet (shallow) to gold (full)."""
+    return next((h, code) for upto, h, code in COLOURS if depth / L <= upto + 1e-9 or upto > 1)
+
+
+def show_text(tokenizer, tokens, depths, L):
+    """Print tokens coloured by the depth that produced them, with a legend; plain where colour is unwanted."""
+    tty = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    show = printer(tokenizer)
+    for token, depth in zip(tokens, depths):
+        if tty:
+            print(f"\033[38;5;{colour(depth, L)[1]}m", end="")
+        show(token)
+    print("\033[0m" if tty else "")
+    shares = Counter(depths)
+    print("depth: " + ", ".join(f"{f'{chr(27)}[38;5;{colour(d, L)[1]}m' if tty else ''}{d}{chr(27) + '[0m' if tty else ''}"
+                                f" of {L} blocks {n / len(depths):.0%}" for d, n in sorted(shares.items())))
+
+
+def draw_tokens(path, tokenizer, tokens, depths, L):
+    """The continuation as a picture: one bar per token, as high as the depth that produced it."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    n = min(96, len(tokens))
+    figure, axes = plt.subplots(figsize=(0.16 * n + 1, 3), layout="constrained")
+    axes.bar(range(n), depths[:n], color=[colour(d, L)[0] for d in depths[:n]], width=0.85)
+    labels = [tokenizer.decode([t]).encode("unicode_escape").decode().replace("$", r"\$") for t in tokens[:n]]
+    axes.set_xticks(range(n), labels, rotation=90, fontsize=6, family="monospace")
+    axes.set(ylabel="depth that produced it (blocks)", ylim=(0, L + 0.5), xlim=(-0.6, n - 0.4))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+HEADER = ("policy", "tokens/s", "ms/token", "x Plain", "accept", "wasted", "tau", "draft", "layers", "cost", "same text")
+
+
+def row_of(name, stats, plain_ms, same):
+    """One line of the table; the columns of HEADER, costs per token in block-equivalents."""
+    cells = (f"{stats.tokens_per_second:.0f}", f"{stats.ms_per_token:.2f}", f"{plain_ms / stats.ms_per_token:.2f}",
+             f"{stats.acceptance:.2f}", f"{stats.wasted}", f"{stats.tau:.2f}", f"{stats.draft_length:.2f}",
+             f"{stats.layers_per_token:.1f}", f"{stats.cost_per_token:.1f}", same)
+    return f"{name:<22}" + "".join(f"{c.replace('nan', '-'):>10}" for c in cells)
+
+
+def held_out_prompts(folder, n, length=64, split="test"):
+    """n prompts of `length` tokens from the standard library's held-out files, as lists of ids."""
+    return toy_windows(split, n * 512, 512, folder)[:n, :length].tolist()
+
+
+def compare(model, policies, prompts, max_new_tokens, temperature=0.0, top_p=1.0, repeats=3, seed=0):
+    """Run all policies on all prompts in turn -> {name: (Stats of the median repeat, share of outputs equal to Plain's)}."""
+    runs = {p.name: [] for p in policies}
+    for repeat in range(repeats + 1):                                     # the first round is warm-up
+        for policy in policies:
+            total, texts = Stats(), []
+            for i, prompt in enumerate(prompts if repeat else prompts[:1]):
+                texts.append(generate(model, prompt, max_new_tokens, policy, temperature=temperature, top_p=top_p,
+                                      seed=seed + i, stats=total).tokens)
+            if repeat:
+                runs[policy.name].append((total, texts))
+    plain = runs[policies[0].name][0][1]
+    return {name: (sorted((total for total, _ in r), key=lambda s: s.ms_per_token)[len(r) // 2],
+                   sum(a == b for a, b in zip(r[0][1], plain)) / len(plain)) for name, r in runs.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Dynamic self-speculative decoding, beside plain, early-exit and LayerSkip.")
+    parser.add_argument("--prompt", default="class Stack:\n    def push(", help="text to continue")
+    parser.add_argument("--model", default=TOY, help="folder or official name (default: the toy)")
+    parser.add_argument("--heads", help="heads file (default: heads-fast.safetensors in the model's folder)")
+    parser.add_argument("--level", default="auto", help="agreement that calibration aims at, e.g. 0.9, or auto")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus, in (0, 1]")
+    parser.add_argument("--prompts", type=int, default=4, help="held-out prompts behind the table")
+    parser.add_argument("--figure", help="write the coloured continuation as a PNG")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        level = None if args.level == "auto" else float(args.level)
+    except ValueError:
+        raise InputError(f"--level {args.level!r} must be a number such as 0.9, or auto") from None
+    if args.prompts < 1:
+        raise InputError("--prompts must be at least 1")
+    folder = locate(args.model)
+    model, tokenizer = Pythia.from_pretrained(folder), Tokenizer.load(folder)
+    heads = ExitHeads.load(args.heads or folder / "heads-fast.safetensors", model)
+    decoder, L = fast(model), model.config.num_hidden_layers
+    options = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    if level is None:
+        dssd = automatic(model, heads, held_out_prompts(folder, 12, split="calibration"), temperature=args.temperature)
+        print("automatic: " + (", ".join(f"exit {n} below {t:.2f} nats" for n, t in zip(heads.layers, dssd.thresholds)
+                                         if t is not None) or "no head") + f", at most {dssd.max_draft} drafts")
+    else:
+        dssd = DSSD(heads, heads.thresholds(level))
+    prompt = tokenizer.encode(args.prompt)
+    out = generate(decoder, prompt, args.max_new_tokens, dssd, stop=tokenizer.end, **options)
+    print(args.prompt, end="")
+    show_text(tokenizer, out.tokens, out.depths, L)
+    if args.figure:
+        draw_tokens(args.figure, tokenizer, out.tokens, out.depths, L)
+        print(f"wrote {args.figure}")
+
+    grid = [LayerSkip(heads, n, k) for n in heads.layers for k in (1, 2, 3, 4, 5, 6, 10, 15)]
+    early = EarlyExit(heads, heads.thresholds(level or 0.9))
+    prompts = held_out_prompts(folder, args.prompts)
+    results = compare(decoder, [Plain(), early, dssd, *grid], prompts, args.max_new_tokens, repeats=1, **options)
+    plain_ms = results["Plain"][0].ms_per_token
+    names = [p.name for p in grid]
+    fastest = min(names, key=lambda n: results[n][0].ms_per_token)
+    print(f"\n{args.prompts} held-out prompts x {args.max_new_tokens} tokens; {torch.get_num_threads()} threads, "
+          f"{model.embed_in.weight.dtype}; cost in block-equivalents per token")
+    print(f"{HEADER[0]:<22}" + "".join(f"{h:>10}" for h in HEADER[1:]))
+    for name in ("Plain", "EarlyExit", fastest, "DSSD"):
+        stats, same = results[name]
+        print(row_of(name + (" (best)" if name == fastest else ""), stats, plain_ms, f"{same:.0%}"))
+    mean = [sum(values) / len(names) for values in zip(*((results[n][0].acceptance, results[n][0].wasted,
+            plain_ms / results[n][0].ms_per_token) for n in names))]
+    top = max(results[n][0].acceptance for n in names)
+    mine = results["DSSD"][0]
+    print(f"LayerSkip's grid of {len(names)}: mean acceptance {mean[0]:.2f}, wasted {mean[1]:.0f}, {mean[2]:.2f} x Plain; "
+          f"best acceptance {top:.2f}")
+    print(f"DSSD's acceptance is {mine.acceptance / mean[0]:.2f} x the grid's mean and {mine.acceptance / top:.2f} x its best; "
+          f"it wastes {mine.wasted} tokens, the grid's mean {mean[1]:.0f} and its fastest {results[fastest][0].wasted}")
+    print("exits of DSSD's tokens: " + ", ".join(f"{n / mine.emitted:.0%} at depth {d}" for d, n in sorted(mine.exits.items()))
+          + "; draft lengths: " + ", ".join(f"{k}: {n}" for k, n in sorted(mine.draft_lengths.items())))
+
+
+if __name__ == "__main__":
+    command_line(main)

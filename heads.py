@@ -297,3 +297,92 @@ def distill_loss(heads, hidden, last, loss=kl, chunk=1024):
         for body, leaf in zip(bodies, leaves):
             body.backward(leaf.grad)
     return total
+
+
+# ---------------------------------------------------------------- the chapter's demonstration
+
+
+@torch.inference_mode()
+def agreement(heads, ids, batch=8):
+    """Share of tokens on which each head's argmax is the full model's, (M,), over windows ids (n, T)."""
+    model, same = heads.backbone[0], torch.zeros(len(heads.layers))
+    for rows in ids.split(batch):
+        full, hidden = model(rows, exits=heads.layers)
+        same += torch.stack([(z.argmax(-1) == full.argmax(-1)).sum() for z in heads.logits(hidden)])
+    return same / ids.numel()
+
+
+def train_briefly(model, heads_by_kind, ids, steps, batch=8, lr=2e-3):
+    """All kinds side by side on the same batches: one frozen forward pass serves them all."""
+    layers = next(iter(heads_by_kind.values())).layers
+    optimizer = torch.optim.AdamW([p for heads in heads_by_kind.values() for p in heads.parameters()], lr=lr)
+    for step in range(steps):
+        rows = ids[step * batch % len(ids):][:batch]
+        with torch.no_grad():
+            *hidden, last = model.hidden_states(rows, (*layers, model.config.num_hidden_layers))
+        for heads in heads_by_kind.values():
+            distill_loss(heads, hidden, last)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - step / steps)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.inference_mode()
+def draw_lens(path, model, tokenizer, text):
+    """The logit lens: the model's own norm and unembedding at every depth of one line of text, as a PNG."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    ids = torch.tensor([tokenizer.encode(text)])
+    L = model.config.num_hidden_layers
+    p = torch.cat([model.unembed(h) for h in model.hidden_states(ids, range(L + 1))]).softmax(-1)   # (L + 1, T, V)
+    value, guess = p.max(-1)                                              # (L + 1, T)
+    figure, axes = plt.subplots(figsize=(0.62 * ids.shape[1] + 1.5, 0.3 * L + 1.5), layout="constrained")
+    image = axes.imshow(value, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=1)
+
+    def name(token):
+        return tokenizer.decode([token]).encode("unicode_escape").decode().replace("$", r"\$").replace(" ", "\u00b7")
+
+    for depth in range(L + 1):
+        for t in range(ids.shape[1]):
+            right = guess[depth, t] == guess[-1, t]
+            axes.text(t, depth, name(guess[depth, t].item())[:8], ha="center", va="center", fontsize=6, family="monospace",
+                      color="white" if value[depth, t] < 0.6 else "black", fontweight="bold" if right else "normal")
+    axes.set_xticks(range(ids.shape[1]), [name(i) for i in ids[0].tolist()], fontsize=7, family="monospace", rotation=45)
+    axes.set(xlabel="input token", ylabel="depth (blocks executed)", title="top prediction by depth; bold: the full model's")
+    figure.colorbar(image, label="its probability")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Exit heads of the toy: how often they agree with the full model, at what cost.")
+    parser.add_argument("--heads", help="another heads file to show (default: the two that come with the toy)")
+    parser.add_argument("--tokens", type=int, default=16384, help="held-out tokens to measure on")
+    parser.add_argument("--steps", type=int, default=12, help="training steps for the kinds that are not shipped")
+    parser.add_argument("--figure", default="heads.png", help="where the logit-lens picture goes")
+    args = parser.parse_args()
+    if min(args.tokens, args.steps) < 1:
+        raise InputError("--tokens and --steps must be at least 1")
+    torch.manual_seed(0)
+    model, tokenizer = Pythia.from_pretrained(TOY), Tokenizer.load(TOY)
+    files = [args.heads] if args.heads else [TOY / "heads.safetensors", TOY / "heads-fast.safetensors"]
+    rows = {Path(f).name: ExitHeads.load(f, model) for f in files}
+    rows["tied, untrained (logit lens)"] = ExitHeads(model, [4, 8, 12], "tied")
+    brief = {kind: ExitHeads(model, [4, 8, 12], kind) for kind in KINDS}
+    train_briefly(model, brief, toy_windows("train", args.steps * 8 * 256), args.steps)
+    rows.update({f"{kind}, {args.steps} steps": heads for kind, heads in brief.items()})
+    test = toy_windows("test", args.tokens)
+    print(f"agreement with the full model on {test.numel():,} held-out tokens; a full token costs {full_cost(model):.2f} blocks")
+    print(f"{'heads':<30}{'kind':<9}{'depth':>6}{'agreement':>11}{'parameters':>12}{'cost (block-equivalents)':>26}")
+    for name, heads in rows.items():
+        for layer, head, share in zip(heads.layers, heads.heads, agreement(heads, test)):
+            print(f"{name:<30}{head.kind:<9}{layer:>6}{share:>11.1%}{sum(p.numel() for p in head.parameters()):>12,}"
+                  f"{head.cost():>26.2f}")
+    draw_lens(args.figure, model, tokenizer, "def read(self, size=-1):\n    return self.")
+    print(f"wrote {args.figure}")
+
+
+if __name__ == "__main__":
+    command_line(main)

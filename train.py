@@ -254,6 +254,8 @@ def run_heads(args):
     """The main job with the command line's options."""
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise InputError(f"--device {args.device}: no such device here; use cpu")
     folder = locate(args.model)
     tokenizer = Tokenizer.load(folder)
     model = Pythia.from_pretrained(folder, args.device, getattr(torch, args.dtype))
@@ -495,6 +497,7 @@ def save_model(folder, model, tokenizer_spec):
     tensors = {official_name(name): p.detach().half().contiguous() for name, p in model.named_parameters()}
     temporary = Path(folder) / "model.safetensors.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
+    os.chmod(temporary, 0o644)
     os.replace(temporary, Path(folder) / "model.safetensors")
 
 

@@ -1,0 +1,212 @@
+"""Chapter 2: heads, their files, the loss against a direct computation, and text the model writes itself."""
+import json
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+import heads as H
+from conftest import assert_refused, run, tiny
+from heads import KINDS, ExitHeads, distill_loss, fingerprint, hard, kl, self_text, topk_kl
+from model import InputError
+
+
+def shaken(model, layers=(1, 2, 3), kind="linear", seed=0):
+    """Heads that differ from the logit lens, so that a wrong start would show."""
+    heads = ExitHeads(model, list(layers), kind)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in heads.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return heads
+
+
+def test_lens_start_is_the_models_own_exit():
+    model = tiny()
+    ids = torch.randint(0, 96, (2, 9))
+    _, hidden = model(ids, exits=(1, 3))
+    for kind in ("linear", "tied", "lowrank"):
+        for z, h in zip(ExitHeads(model, [1, 3], kind).logits(hidden), hidden):
+            assert torch.allclose(z, model.unembed(h), atol=1e-5)
+    block = ExitHeads(model, [3], "block")                                # starts as the next block: here the last one
+    assert torch.allclose(block.logits(hidden[1:])[0], model(ids)[0], atol=1e-4)
+    random_start = ExitHeads(model, [1, 3], "linear", start="random")
+    assert not torch.allclose(random_start.logits(hidden)[0], model.unembed(hidden[0]), atol=0.1)
+
+
+def test_block_head_cached_equals_uncached():
+    model, rnd = tiny(), random.Random(0)
+    head = shaken(model, [2], "block").heads[0]
+    h = torch.randn(1, 30, 32)
+    want, cache, at, parts = head(h), head.new_cache(1, 30), 0, []
+    while at < 30:
+        n = rnd.randint(1, 30 - at)
+        parts.append(head(h[:, at:at + n], cache))
+        at += n
+    assert torch.allclose(torch.cat(parts, 1), want, atol=1e-5)
+
+
+def test_cost_in_block_equivalents():
+    model = tiny()                                                        # D 32, V 96: a block has 12 D^2 weights in matrices
+    cost = {kind: ExitHeads(model, [2], kind).heads[0].cost() for kind in KINDS}
+    unembed = 96 * 32 / (12 * 32 * 32)
+    assert cost == pytest.approx({"linear": unembed, "tied": unembed, "mlp": unembed + 1 / 12, "block": unembed + 1,
+                                  "lowrank": unembed + 2 * 32 * 4 / (12 * 32 * 32)})
+    assert H.full_cost(model) == pytest.approx(4 + unembed)
+
+
+# ---------------------------------------------------------------- losses
+
+
+def direct_kl(full, head):
+    p, q = full.double().softmax(-1), head.double().softmax(-1)
+    return (p * (p.log() - q.log())).sum(-1).mean()
+
+
+def direct_topk(full, head, k=32):
+    total = 0
+    for z, s in zip(full.double(), head.double()):
+        best = sorted(range(len(z)), key=lambda i: -z[i])[:k]
+        total = total + direct_kl(z[best][None], s[best][None])
+    return total / len(full)
+
+
+def direct_hard(full, head, weight=0.1):
+    q = head.double().softmax(-1)
+    right = q[range(len(q)), full.argmax(-1)]
+    return ((1 - weight) * -right.log() + weight * (q * q.log()).sum(-1)).mean()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss, direct", [(kl, direct_kl), (topk_kl, direct_topk), (hard, direct_hard)])
+def test_chunked_loss_and_gradients_equal_direct_autograd(kind, loss, direct):
+    model, ids = tiny(), torch.randint(0, 96, (2, 13))
+    chunked, plain = shaken(model, kind=kind), shaken(model, kind=kind)
+    *hidden, last = model.hidden_states(ids, (1, 2, 3, 4))
+    total = distill_loss(chunked, hidden, last, loss, chunk=5)
+    full = model.unembed(last).flatten(0, 1)
+    wants = [direct(full, z.flatten(0, 1)) for z in plain.logits(hidden)]
+    sum(wants).backward()
+    assert torch.allclose(total, torch.stack(wants).float().detach(), atol=1e-5)
+    for (name, a), (_, b) in zip(chunked.named_parameters(), plain.named_parameters()):
+        assert torch.allclose(a.grad, b.grad, atol=1e-5), name
+    assert all(p.grad is None for p in model.parameters())                # the backbone is never touched
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 26, 1000])
+def test_chunks_do_not_change_the_loss(chunk):
+    model, ids = tiny(), torch.randint(0, 96, (2, 13))
+    heads = shaken(model)
+    *hidden, last = model.hidden_states(ids, (1, 2, 3, 4))
+    with torch.no_grad():
+        assert torch.allclose(distill_loss(heads, hidden, last, chunk=chunk), distill_loss(heads, hidden, last), atol=1e-5)
+
+
+def test_loss_is_zero_only_for_the_full_models_own_distribution():
+    z = torch.randn(6, 50)
+    assert kl(z, z + 3.0).abs() < 1e-5 and kl(z, torch.randn(6, 50)) > 0.1
+    assert topk_kl(z, z, 5).abs() < 1e-5
+
+
+def test_heads_learn():
+    model = tiny()
+    heads = ExitHeads(model, [3], start="random")
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-2)
+    ids = torch.randint(0, 96, (8, 32))
+    *hidden, last = model.hidden_states(ids, (3, 4))
+    losses = []
+    for _ in range(60):
+        losses.append(distill_loss(heads, hidden, last).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.3 * losses[0]
+
+
+# ---------------------------------------------------------------- text the model writes
+
+
+def test_self_text_is_greedy_where_asked_and_follows_the_prefix():
+    model = tiny()
+    prefixes = torch.randint(0, 96, (4, 5))
+    ids = self_text(model, prefixes, 20, temperatures=(0.0, 1.0), seed=1)
+    assert torch.equal(ids[:, :5], prefixes) and torch.equal(ids, self_text(model, prefixes, 20, (0.0, 1.0), seed=1))
+    choice = model(ids[:, :-1])[0].argmax(-1)[:, 4:]
+    assert torch.equal(choice[::2], ids[::2, 5:]) and not torch.equal(choice[1::2], ids[1::2, 5:])
+
+
+def test_sampled_self_text_has_the_models_distribution():
+    model = tiny(vocab_size=8)
+    first = self_text(model, torch.full((20000, 1), 3), 2, temperatures=(1.0,))[:, 1]
+    want = model(torch.tensor([[3]]))[0][0, 0].softmax(-1)
+    chi2 = ((first.bincount(minlength=8) - 20000 * want) ** 2 / (20000 * want))[want > 1e-3].sum()
+    assert chi2 < 24.3                                                    # 0.1 % point at 7 degrees of freedom
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_and_load(tmp_path, kind):
+    model = tiny()
+    heads = shaken(model, kind=kind)
+    heads.calibration = {"0.90": [0.5, None, 1.25]}
+    heads.save(tmp_path / "h.safetensors")
+    loaded = ExitHeads.load(tmp_path / "h.safetensors", model)
+    assert (loaded.layers, loaded.kind, loaded.thresholds(0.9)) == ([1, 2, 3], kind, [0.5, None, 1.25])
+    for (n, a), (_, b) in zip(heads.named_parameters(), loaded.named_parameters()):
+        assert torch.equal(a.half().float(), b) and "embed_out" not in n
+    assert [p.name for p in tmp_path.iterdir()] == ["h.safetensors"]
+    for level in (0.91, 0.9001):
+        with pytest.raises(InputError, match="not calibrated"):
+            loaded.thresholds(level)
+
+
+def test_fingerprint_survives_dtypes_and_tells_backbones_apart():
+    model = tiny()
+    for p in model.parameters():
+        p.copy_(p.half())                                                 # official weights are F16
+    same = tiny()
+    same.load_state_dict(model.state_dict())
+    assert fingerprint(model) == fingerprint(same.bfloat16())
+    assert fingerprint(model) == fingerprint(model.half())
+    assert fingerprint(tiny(1)) != fingerprint(tiny(0))
+    assert fingerprint(tiny(num_hidden_layers=5)) != fingerprint(tiny(0))
+
+
+def test_heads_that_cannot_be_used(tmp_path):
+    model, path = tiny(), tmp_path / "h.safetensors"
+    shaken(model).save(path)
+    with pytest.raises(InputError, match="another backbone"):
+        ExitHeads.load(path, tiny(1))
+    data = path.read_bytes()
+    path.write_bytes(data[:-100])
+    with pytest.raises(InputError, match="cannot be read as a heads file"):
+        ExitHeads.load(path, model)
+    save_file({"x": torch.zeros(3)}, path)
+    with pytest.raises(InputError, match="holds no exit heads"):
+        ExitHeads.load(path, model)
+    save_file({"x": torch.zeros(3)}, path, metadata={"nanoexit": json.dumps(
+        {"kind": "linear", "layers": [1], "calibration": {}, "backbone": fingerprint(model)})})
+    with pytest.raises(InputError, match="do not fit"):
+        ExitHeads.load(path, model)
+    with pytest.raises(InputError, match="cannot be read"):
+        ExitHeads.load(tmp_path / "absent", model)
+
+
+@pytest.mark.parametrize("layers", [[], [0, 2], [2, 4], [2, 1], [2, 2], [-1]])
+def test_impossible_layers(layers):
+    with pytest.raises(InputError, match="between 1 and 3"):
+        ExitHeads(tiny(), layers)
+
+
+def test_unknown_kind():
+    with pytest.raises(InputError, match="linear, mlp, tied, lowrank, block"):
+        ExitHeads(tiny(), [1], "nosuch")
+
+
+def test_command_line(tmp_path):
+    assert_refused(run("heads.py", "--heads", tmp_path / "none"), "cannot be read as a heads file")
+    status, out, errors = run("heads.py", "--tokens", "1024", "--figure", tmp_path / "lens.png")
+    assert status == 0 and "block-equivalents" in out and (tmp_path / "lens.png").stat().st_size > 10000, errors
