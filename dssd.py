@@ -116,17 +116,19 @@ def fold(block, R):
     w[:, :2], b[:, :2] = w[:, :2, order], b[:, :2, order]
     w, b = w.transpose(0, 1).reshape(3 * D, D), b.transpose(0, 1).reshape(3 * D)
     up, up_b = absorb(mlp.dense_h_to_4h, block.post_attention_layernorm)
-    w1, b1 = torch.cat((w, up)).T, torch.cat((b, up_b))                   # (D, 3D + I), (3D + I,)
-    w2 = torch.cat((attention.dense.weight, mlp.dense_4h_to_h.weight), 1).T   # (D + I, D)
+    w[:D], b[:D] = w[:D] * (D // H) ** -0.5, b[:D] * (D // H) ** -0.5      # attention's scale, into q
+    half = 0.5 ** 0.5                                                     # GELU(h) = g (1 + erf g) / sqrt(2), g = h / sqrt(2)
+    w1, b1 = torch.cat((w, up * half)).T, torch.cat((b, up_b * half))     # (D, 3D + I), (3D + I,)
+    w2 = torch.cat((attention.dense.weight.double(), mlp.dense_4h_to_h.weight.double() * half), 1).T   # (D + I, D)
     like = attention.dense.weight
-    return [t.to(like.dtype).contiguous() for t in (w1, b1, w2, attention.dense.bias + mlp.dense_4h_to_h.bias)]
+    return [t.detach().to(like.dtype).contiguous() for t in (w1, b1, w2, attention.dense.bias + mlp.dense_4h_to_h.bias)]
 
 
 class Fused:
     """A Pythia with folded blocks for decoding one sequence: same doors, same values up to rounding, less overhead.
 
     All tensor views of a step depend only on the number of rows T, so they are made once per T; a block is then
-    nine calls. Only for parallel residuals; `fast(model)` falls back to the readable model elsewhere.
+    a dozen calls. Only for parallel residuals; `fast(model)` falls back to the readable model elsewhere.
     """
 
     def __init__(self, model):
@@ -144,7 +146,7 @@ class Fused:
         """LayerNorm and D -> V as one matrix (D, V) and one offset (V,) after a plain normalisation."""
         w = linear.weight.double()
         folded = (w * norm.weight.double()).T, w @ norm.bias.double()
-        return [t.to(linear.weight.dtype).contiguous() for t in folded]
+        return [t.detach().to(linear.weight.dtype).contiguous() for t in folded]
 
     def step(self, T, like):
         """A buffer z (T, 3D + I) for q, k, v and the MLP's hidden layer, and the views of it that a block needs."""
@@ -155,9 +157,9 @@ class Fused:
         K, W, R = D // H, 3 * D + c.intermediate_size, 2 * self.turn.shape[-1]
         z = like.new_empty(T, W)
         views = (z, z.as_strided((T, 2 * H, R // 2, 2), (W, K, 2, 1)),    # the rotated pairs of q and k
-                 z.as_strided((1, H, T, K), (W, K, W, 1)),                # q
-                 z.as_strided((2, 1, H, T, K), (D, W, K, W, 1), D),       # k and v
-                 z.as_strided((1, H, T, K), (W, K, W, 1), 2 * D),         # where attention's output goes: over v
+                 z.as_strided((H, T, K), (K, W, 1)),                      # q
+                 z.as_strided((2, H, T, K), (D, K, W, 1), D),             # k and v
+                 z.as_strided((H, T, K), (K, W, 1), 2 * D),               # where attention's output goes: over v
                  z[:, 3 * D:], z[:, 2 * D:])                              # MLP's hidden layer; both inputs of W2
         if z.dtype == torch.float32:
             views = (z, torch.view_as_complex(views[1]), *views[2:])
@@ -171,17 +173,20 @@ class Fused:
         if n + T > cache.max_len:
             raise InputError(f"{n + T} tokens do not fit in a context of {cache.max_len}; shorten the prompt")
         z, pairs, q, new, y, hidden, both = self.step(T, x)
-        kv, turn, eps = cache.kv[start:stop], self.turn[n:n + T], self.config.layer_norm_eps
-        mask = Pythia.mask(n, T, x)
-        causal = mask is None and T > 1
-        slots = kv[..., n:n + T, :].unbind(0)                             # (2, 1, H, T, K) per block
-        keys, values = (kv[:, i, ..., :n + T, :].unbind(0) for i in (0, 1))   # (1, H, n + T, K) per block
+        kv, turn, eps = cache.kv[start:stop, :, 0], self.turn[n:n + T], self.config.layer_norm_eps
+        mask = None if T == 1 else x.new_full((T, n + T), float("-inf")).triu(n + 1)
+        slots = kv[..., n:n + T, :].unbind(0)                             # (2, H, T, K) per block
+        keys, values = kv[:, 0, :, :n + T].mT.unbind(0), kv[:, 1, :, :n + T].unbind(0)   # (H, K, n + T), (H, n + T, K)
         for slot, k, v, (w1, b1, w2, b2) in zip(slots, keys, values, folded):
             torch.addmm(b1, torch.layer_norm(x, (D,), None, None, eps), w1, out=z)
             self.rotate(pairs, turn)
             slot.copy_(new)
-            y.copy_(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal))
-            torch._C._nn.gelu_(hidden)
+            if n == 0 and T > 1:                                          # a prompt: the library's blocked attention
+                y.copy_(F.scaled_dot_product_attention(q[None], k.mT[None], v[None], is_causal=True, scale=1.0)[0])
+            else:                                                         # a few rows: two small products are faster
+                weight = torch.bmm(q, k) if mask is None else torch.baddbmm(mask, q, k)    # (H, T, n + T)
+                y.copy_(torch.bmm(weight.softmax(-1), v))
+            hidden.addcmul_(hidden, torch.erf(hidden))                    # sqrt(2) GELU, as W1 and W2 are scaled
             x = torch.addmm(x, both, w2).add_(b2)
         cache.length[start:stop] = [n + T] * (stop - start)
         return x
@@ -194,7 +199,7 @@ class Fused:
         rows = torch.layer_norm(x[0], x.shape[-1:], None, None, self.config.layer_norm_eps)
         z[:, :kind] = torch.addmm(b1[:kind], rows, w1[:, :kind])
         self.rotate(pairs, self.turn[n:n + 1])
-        cache.append(block, new)
+        cache.append(block, new[:, None])
 
     @staticmethod
     def rotate(pairs, turn):
@@ -755,20 +760,19 @@ def held_out_prompts(folder, n, length=64, split="test"):
     return toy_windows(split, n * 512, 512, folder)[:n, :length].tolist()
 
 
-def compare(model, policies, prompts, max_new_tokens, temperature=0.0, top_p=1.0, repeats=3, seed=0):
-    """Run all policies on all prompts in turn -> {name: (Stats of the median repeat, share of outputs equal to Plain's)}."""
+def run_in_turn(model, policies, prompts, max_new_tokens, temperature=0.0, top_p=1.0, repeats=3, seed=0):
+    """All policies in turn on every prompt, `repeats` times after a warm-up -> {name: [(Stats, texts) per repeat]}."""
     runs = {p.name: [] for p in policies}
-    for repeat in range(repeats + 1):                                     # the first round is warm-up
-        for policy in policies:
-            total, texts = Stats(), []
-            for i, prompt in enumerate(prompts if repeat else prompts[:1]):
-                texts.append(generate(model, prompt, max_new_tokens, policy, temperature=temperature, top_p=top_p,
-                                      seed=seed + i, stats=total).tokens)
-            if repeat:
-                runs[policy.name].append((total, texts))
-    plain = runs[policies[0].name][0][1]
-    return {name: (sorted((total for total, _ in r), key=lambda s: s.ms_per_token)[len(r) // 2],
-                   sum(a == b for a, b in zip(r[0][1], plain)) / len(plain)) for name, r in runs.items()}
+    for repeat in range(repeats + 1):
+        totals, texts = {p.name: Stats() for p in policies}, {p.name: [] for p in policies}
+        for i, prompt in enumerate(prompts if repeat else prompts[:1]):
+            for policy in policies:
+                texts[policy.name].append(generate(model, prompt, max_new_tokens, policy, temperature=temperature, top_p=top_p,
+                                                   seed=seed + i, stats=totals[policy.name]).tokens)
+        if repeat:
+            for name in runs:
+                runs[name].append((totals[name], texts[name]))
+    return runs
 
 
 def main():
@@ -812,7 +816,8 @@ def main():
     grid = [LayerSkip(heads, n, k) for n in heads.layers for k in (1, 2, 3, 4, 5, 6, 10, 15)]
     early = EarlyExit(heads, heads.thresholds(level or 0.9))
     prompts = held_out_prompts(folder, args.prompts)
-    results = compare(decoder, [Plain(), early, dssd, *grid], prompts, args.max_new_tokens, repeats=1, **options)
+    runs = run_in_turn(decoder, [Plain(), early, dssd, *grid], prompts, args.max_new_tokens, repeats=1, **options)
+    results = {name: (r[0][0], sum(a == b for a, b in zip(r[0][1], runs["Plain"][0][1])) / len(prompts)) for name, r in runs.items()}
     plain_ms = results["Plain"][0].ms_per_token
     names = [p.name for p in grid]
     fastest = min(names, key=lambda n: results[n][0].ms_per_token)

@@ -300,10 +300,12 @@ def run_heads(args):
         heads.calibration = found
         test = evaluate(model, heads, some["test"])
         metrics += describe(heads, model, found, test)
-        if written:
-            greedy = evaluate(model, heads, written["test"][::2 if "+" in args.data else 4])
-            print("on the model's own greedy text, held out: agreement "
-                  + ", ".join(f"{a:.1%} at exit {n}" for n, a in zip(layers, greedy["agree"].float().mean(0))))
+        prefixes = windows(splits["test"], 64, 32, torch.Generator().manual_seed(1)).to(args.device)
+        own = self_text(model, prefixes, min(160, model.config.max_position_embeddings), (0.0,)).cpu()
+        agree = evaluate(model, heads, own)["agree"].view(64, -1, len(layers))[:, 32:].float().mean((0, 1))   # not the prefixes
+        print("\non the model's own greedy text, which a decoder meets (64 continuations of test prefixes): agreement "
+              + ", ".join(f"{a:.1%} at exit {n}" for n, a in zip(layers, agree)))
+        metrics.append({"own_greedy_agreement": [round(a, 4) for a in agree.tolist()]})
     except KeyboardInterrupt:
         print("\nstopped: the heads are kept without calibration")
     write_run(args.out, heads, metrics, found, test)
@@ -516,7 +518,7 @@ def main():
                         help="start from the model's own final norm and unembedding, or at random")
     parser.add_argument("--loss", choices=LOSSES, default="kl", help="kl (default), topk (32), hard (argmax labels)")
     parser.add_argument("--data", default="stdlib", help="stdlib, self, stdlib+self, a text file, or a folder of them")
-    parser.add_argument("--steps", type=int, default=150, help="training steps")
+    parser.add_argument("--steps", type=int, default=100, help="training steps")
     parser.add_argument("--batch", type=int, default=8, help="windows per step")
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
