@@ -29,6 +29,7 @@ beyond the paper.
 Limits: batch 1; a prompt of P tokens can be followed by at most context - P + 1 new ones, where decoding stops.
 """
 import argparse
+import codecs
 import itertools
 import os
 import sys
@@ -42,7 +43,7 @@ import torch.nn.functional as F
 
 from confidence import calibrate, entropy, is_certain
 from heads import ExitHeads, full_cost, toy_windows
-from model import TOY, InputError, Pythia, Tokenizer, command_line, locate, printer
+from model import TOY, InputError, Pythia, Tokenizer, command_line, locate
 
 
 # ---------------------------------------------------------------- policies: four settings of one loop
@@ -256,7 +257,6 @@ def fast(model):
 @dataclass
 class Stats:
     """What a generation did. A round is one verification with its drafts; prefill counts in seconds only."""
-    depth: int = 0                # L
     emitted: int = 0              # new tokens, the prefill's first one included
     drafted: int = 0
     accepted: int = 0             # drafts equal to the full model's choice before the first mismatch
@@ -272,9 +272,7 @@ class Stats:
 
     def __iadd__(self, other):
         for name in self.__dataclass_fields__:
-            if name != "depth":
-                setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.depth = other.depth
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         return self
 
     @property
@@ -316,7 +314,8 @@ class Frontier:
         self.bounds = [0, *(policy.heads.layers[m] for m in self.exits), L]
         self.thresholds = [policy.thresholds[m] for m in self.exits]
         own = [policy.heads.heads[m] for m in self.exits]
-        self.costs = [head.cost() for head in own]
+        self.unembed_cost = full_cost(model) - L
+        self.body_costs = [head.cost() - self.unembed_cost for head in own]
         self.heads = [model.twin(h) for h in own] if isinstance(model, Fused) else own
         self.cache = model.new_cache(1, capacity)
         self.head_caches = [head.new_cache(1, capacity) for head in self.heads]
@@ -347,13 +346,17 @@ class Frontier:
 
     def ask(self, s, rows=1):
         """Logits (rows, V) of the head at bounds[s + 1] for the newest rows that arrived there."""
-        head, x = self.heads[s], self.queue[s + 1]
-        if self.head_caches[s]:
-            x, self.unread[s] = head.body(self.unread[s], self.head_caches[s]), None
-        else:
-            x = head.body(x[:, -rows:])
-        self.stats.extra_cost += rows * self.costs[s]
-        return head.output(x[:, -rows:])[0]
+        x = self.read(s) if self.head_caches[s] else self.heads[s].body(self.queue[s + 1][:, -rows:])
+        if not self.head_caches[s]:
+            self.stats.extra_cost += rows * self.body_costs[s]
+        self.stats.extra_cost += rows * self.unembed_cost
+        return self.heads[s].output(x[:, -rows:])[0]
+
+    def read(self, s):
+        """A block head takes in the rows that it has yet to read, and keeps their keys and values."""
+        x, self.unread[s] = self.unread[s], None
+        self.stats.extra_cost += x.shape[1] * self.body_costs[s]
+        return self.heads[s].body(x, self.head_caches[s])
 
     def take(self):
         """The rows that have reached depth L since the last call."""
@@ -381,6 +384,9 @@ class Frontier:
         x, self.queue[s] = self.queue[s], None
         for block in range(self.bounds[s], self.bounds[-1]):
             self.model.keys_values(x, block, self.cache)
+        for m in range(s, len(self.heads)):                               # deeper block heads read it from there, too
+            if self.head_caches[m]:
+                self.unread[m] = x if self.unread[m] is None else torch.cat((self.unread[m], x), 1)
         self.reached[s + 1:] = [self.reached[s]] * (len(self.bounds) - s - 1)
         self.stats.extra_cost += (self.bounds[-1] - self.bounds[s]) / 6   # 2 of a block's 12 D x D products
 
@@ -390,7 +396,8 @@ class Frontier:
 
 def distribution(logits, temperature, top_p):
     """Probabilities (..., V) that sampling uses: softmax at the temperature, cut to the top-p nucleus."""
-    p = (logits.float() / temperature).softmax(-1)
+    logits = logits.float()
+    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)   # no overflow at a tiny temperature
     if top_p < 1:
         ordered, at = p.sort(-1, descending=True)
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0                # keep the fewest that reach top_p
@@ -445,12 +452,15 @@ class Decoder:
     def prefill(self):
         """The whole prompt to full depth; the full model's first token."""
         begin, f, L = time.perf_counter(), self.frontier, self.model.config.num_hidden_layers
+        before = self.stats.blocks, self.stats.extra_cost                 # the prompt counts in seconds only
         f.push(self.ids)
         for s in range(len(f.bounds) - 1):
             f.advance(s)
-        self.stats.depth = L
         _, token = verify_drafts(self.model.unembed(f.take()[:, -1:])[0], [], self.temperature, self.top_p, self.generator)
-        self.stats.blocks -= len(self.ids) * L
+        for s, cache in enumerate(f.head_caches):
+            if cache:
+                f.read(s)
+        self.stats.blocks, self.stats.extra_cost = before
         self.stats.prefills += 1
         self.stats.prefill_seconds += time.perf_counter() - begin
         return token
@@ -489,7 +499,7 @@ class Decoder:
         verified = f.reached[-1]                                          # positions at full depth so far
         f.advance(len(f.bounds) - 2)
         rows = f.take() if self.policy.verify else f.take()[:, -1:]       # (1, n, D)
-        stats.extra_cost += rows.shape[1] * (full_cost(model) - L)
+        stats.extra_cost += rows.shape[1] * f.unembed_cost
         kept, token = verify_drafts(model.unembed(rows)[0], self.pending, self.temperature, self.top_p, self.generator)
         if kept < len(self.pending):
             f.cut(verified + kept + 1)
@@ -503,35 +513,39 @@ class Decoder:
 
     @torch.inference_mode()
     def __iter__(self):
-        f, policy, self.drafted = self.frontier, self.policy, 0
+        stats, self.drafted = self.stats, 0
         settled = [(self.prefill(), self.model.config.num_hidden_layers)]
-        begin = time.perf_counter()
         while True:
             for token, depth in settled:
                 self.emitted += 1
-                self.stats.exits[depth] += 1
+                stats.emitted += 1
+                stats.exits[depth] += 1
                 yield token, depth
                 if token == self.stop or self.emitted == self.limit:
-                    self.stats.emitted += self.emitted
-                    self.stats.decode_seconds += time.perf_counter() - begin
                     return
-            settled = []
-            newest = self.pending[-1][0] if self.pending else token
-            ended = bool(self.pending) and newest == self.stop            # a drafted end needs no position of its own
-            if not ended:
-                f.push([newest])
-            deep = ended or policy.verify and (len(self.pending) >= policy.max_draft
-                                               or self.emitted + len(self.pending) + 1 >= self.limit)
-            draft = self.draft(deep)
-            if draft is None:
-                settled = self.full_depth()
-            elif policy.verify:
-                self.pending.append(draft)
-                self.drafted += 1
-            else:
-                settled = [draft[:2]]
-                if policy.fill == "copy":
-                    f.copy_state(f.bounds.index(draft[1]))
+            begin = time.perf_counter()                                   # the caller's time does not count
+            settled = self.step(token)
+            stats.decode_seconds += time.perf_counter() - begin
+
+    def step(self, last):
+        """One more position after the newest token; returns the tokens that are settled by it, [(token, depth)]."""
+        f, policy = self.frontier, self.policy
+        newest = self.pending[-1][0] if self.pending else last
+        ended = bool(self.pending) and newest == self.stop                # a drafted end needs no position of its own
+        if not ended:
+            f.push([newest])
+        deep = ended or policy.verify and (len(self.pending) >= policy.max_draft
+                                           or self.emitted + len(self.pending) + 1 >= self.limit)
+        draft = self.draft(deep)
+        if draft is None:
+            return self.full_depth()
+        if policy.verify:
+            self.pending.append(draft)
+            self.drafted += 1
+            return []
+        if policy.fill == "copy":
+            f.copy_state(f.bounds.index(draft[1]))
+        return [draft[:2]]
 
 
 def generate(model, ids, max_new_tokens, policy, *, temperature=0.0, top_p=1.0, stop=None, seed=None, stats=None):
@@ -568,7 +582,7 @@ def stream(model, ids, max_new_tokens, policy, *, temperature=0.0, top_p=1.0, st
 
 
 @torch.inference_mode()
-def record(model, heads, prompts, max_new_tokens, temperature=0.0, seed=0):
+def record(model, heads, prompts, max_new_tokens, temperature=0.0, top_p=1.0, seed=0):
     """The full model's own continuations, and what every head would have said at each of their positions.
 
     Returns entropy (N, M) in nats and the chance that the head's draft is kept (N, M), over all prompts' new tokens:
@@ -576,14 +590,14 @@ def record(model, heads, prompts, max_new_tokens, temperature=0.0, seed=0):
     """
     uncertainty, kept, decoder = [], [], fast(model)
     for prompt in prompts:
-        new = generate(decoder, prompt, max_new_tokens, Plain(), temperature=temperature, seed=seed).tokens
+        new = generate(decoder, prompt, max_new_tokens, Plain(), temperature=temperature, top_p=top_p, seed=seed).tokens
         ids = torch.tensor([prompt + new], device=model.embed_in.weight.device)      # (1, P + n)
         full, hidden = model(ids[:, :-1], exits=heads.layers)
         asked = slice(len(prompt), None)                                  # the prefill gives the first new token
         full, heads_say = full[0, asked], [z[0, asked] for z in heads.logits(hidden)]    # (n - 1, V) each
         uncertainty.append(torch.stack([entropy(z) for z in heads_say], 1))
         if temperature:
-            p, qs = distribution(full, temperature, 1.0), [distribution(z, temperature, 1.0) for z in heads_say]
+            p, qs = distribution(full, temperature, top_p), [distribution(z, temperature, top_p) for z in heads_say]
             kept.append(torch.stack([torch.minimum(p, q).sum(-1) for q in qs], 1))
         else:
             kept.append(torch.stack([(z.argmax(-1) == full.argmax(-1)).float() for z in heads_say], 1))
@@ -697,12 +711,24 @@ def tune(model, heads, uncertainty, kept, cost, max_drafts=(1, 2, 3, 4, 5, 6, 8,
     return best
 
 
-def automatic(model, heads, prompts, max_new_tokens=96, temperature=0.0):
+def automatic(model, heads, prompts, max_new_tokens=96, temperature=0.0, top_p=1.0):
     """A DSSD policy tuned on the model's own continuations of `prompts` (lists of ids) on this machine."""
-    decoder = fast(model)
-    uncertainty, kept = record(model, heads, prompts, max_new_tokens, temperature)
-    thresholds, cap, _ = tune(model, heads, uncertainty, kept, measure(decoder, heads, 17))
+    uncertainty, kept = record(model, heads, prompts, max_new_tokens, temperature, top_p)
+    thresholds, cap, _ = tune(model, heads, uncertainty, kept, measure(fast(model), heads, 17))
+    print("automatic level: " + (", ".join(f"exit {n} below {t:.2f} nats" for n, t in zip(heads.layers, thresholds)
+                                           if t is not None) or "no head") + f", at most {cap} drafts", flush=True)
     return DSSD(heads, thresholds, cap)
+
+
+def first_gaps(model, prompts, texts, others):
+    """The full model's top-2 logit gap where each pair of continuations first differs: near 0 for a flipped near-tie."""
+    gaps = []
+    for prompt, a, b in zip(prompts, texts, others):
+        i = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+        if i is not None:
+            top = model(torch.tensor([prompt + a[:i]], device=model.embed_in.weight.device))[0][0, -1].float().topk(2).values
+            gaps.append((top[0] - top[1]).item())
+    return gaps
 
 
 # ---------------------------------------------------------------- the chapter's demonstration
@@ -715,18 +741,21 @@ def colour(depth, L):
     return next((h, code) for upto, h, code in COLOURS if depth / L <= upto + 1e-9 or upto > 1)
 
 
-def show_text(tokenizer, tokens, depths, L):
-    """Print tokens coloured by the depth that produced them, with a legend; plain where colour is unwanted."""
-    tty = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    show = printer(tokenizer)
-    for token, depth in zip(tokens, depths):
-        if tty:
-            print(f"\033[38;5;{colour(depth, L)[1]}m", end="")
-        show(token)
-    print("\033[0m" if tty else "")
-    shares = Counter(depths)
-    print("depth: " + ", ".join(f"{f'{chr(27)}[38;5;{colour(d, L)[1]}m' if tty else ''}{d}{chr(27) + '[0m' if tty else ''}"
-                                f" of {L} blocks {n / len(depths):.0%}" for d, n in sorted(shares.items())))
+def show_stream(tokenizer, pairs, L):
+    """Print (token, depth) pairs as they come, coloured by depth, then a legend; plain where colour is unwanted."""
+    colourful = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+    def paint(depth, text):
+        return f"\033[38;5;{colour(depth, L)[1]}m{text}\033[0m" if colourful else text
+
+    decoder, seen = codecs.getincrementaldecoder("utf-8")("replace"), []
+    for token, depth in pairs:
+        seen.append((token, depth))
+        if token != tokenizer.end:
+            print(paint(depth, decoder.decode(tokenizer.bytes.get(token, b""))), end="", flush=True)
+    print("\ndepth that produced the tokens: " + ", ".join(
+        paint(d, f"{d} of {L} blocks {n / len(seen):.0%}") for d, n in sorted(Counter(d for _, d in seen).items())))
+    return seen
 
 
 def draw_tokens(path, tokenizer, tokens, depths, L):
@@ -744,6 +773,7 @@ def draw_tokens(path, tokenizer, tokens, depths, L):
     plt.close(figure)
 
 
+DRAFT_LENGTHS = (1, 2, 3, 4, 5, 6, 10, 15)                                # LayerSkip's grid, for every exit
 HEADER = ("policy", "tokens/s", "ms/token", "x Plain", "accept", "wasted", "tau", "draft", "layers", "cost", "same text")
 
 
@@ -755,9 +785,16 @@ def row_of(name, stats, plain_ms, same):
     return f"{name:<22}" + "".join(f"{c.replace('nan', '-'):>10}" for c in cells)
 
 
+def ratio(a, b):
+    return f"{a / b:.2f}" if b else "-"
+
+
 def held_out_prompts(folder, n, length=64, split="test"):
     """n prompts of `length` tokens from the standard library's held-out files, as lists of ids."""
-    return toy_windows(split, n * 512, 512, folder)[:n, :length].tolist()
+    found = toy_windows(split, n * 512, 512, folder)[:n, :length].tolist()
+    if len(found) < n:
+        raise InputError(f"the {split} split has text for {len(found)} prompts only, not {n}")
+    return found
 
 
 def run_in_turn(model, policies, prompts, max_new_tokens, temperature=0.0, top_p=1.0, repeats=3, seed=0):
@@ -792,28 +829,27 @@ def main():
         level = None if args.level == "auto" else float(args.level)
     except ValueError:
         raise InputError(f"--level {args.level!r} must be a number such as 0.9, or auto") from None
-    if args.prompts < 1:
-        raise InputError("--prompts must be at least 1")
+    if args.prompts < 1 or args.max_new_tokens < 2:
+        raise InputError("--prompts must be at least 1, --max-new-tokens at least 2")
     folder = locate(args.model)
     model, tokenizer = Pythia.from_pretrained(folder), Tokenizer.load(folder)
     heads = ExitHeads.load(args.heads or folder / "heads-fast.safetensors", model)
     decoder, L = fast(model), model.config.num_hidden_layers
     options = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     if level is None:
-        dssd = automatic(model, heads, held_out_prompts(folder, 12, split="calibration"), temperature=args.temperature)
-        print("automatic: " + (", ".join(f"exit {n} below {t:.2f} nats" for n, t in zip(heads.layers, dssd.thresholds)
-                                         if t is not None) or "no head") + f", at most {dssd.max_draft} drafts")
+        dssd = automatic(model, heads, held_out_prompts(folder, 12, split="calibration"), temperature=args.temperature,
+                         top_p=args.top_p)
     else:
         dssd = DSSD(heads, heads.thresholds(level))
     prompt = tokenizer.encode(args.prompt)
-    out = generate(decoder, prompt, args.max_new_tokens, dssd, stop=tokenizer.end, **options)
-    print(args.prompt, end="")
-    show_text(tokenizer, out.tokens, out.depths, L)
+    pairs = stream(decoder, prompt, args.max_new_tokens, dssd, stop=tokenizer.end, **options)
+    print(args.prompt, end="", flush=True)
+    seen = show_stream(tokenizer, pairs, L)
     if args.figure:
-        draw_tokens(args.figure, tokenizer, out.tokens, out.depths, L)
+        draw_tokens(args.figure, tokenizer, *map(list, zip(*seen)), L)
         print(f"wrote {args.figure}")
 
-    grid = [LayerSkip(heads, n, k) for n in heads.layers for k in (1, 2, 3, 4, 5, 6, 10, 15)]
+    grid = [LayerSkip(heads, n, k) for n in heads.layers for k in DRAFT_LENGTHS]
     early = EarlyExit(heads, heads.thresholds(level or 0.9))
     prompts = held_out_prompts(folder, args.prompts)
     runs = run_in_turn(decoder, [Plain(), early, dssd, *grid], prompts, args.max_new_tokens, repeats=1, **options)
@@ -833,7 +869,7 @@ def main():
     mine = results["DSSD"][0]
     print(f"LayerSkip's grid of {len(names)}: mean acceptance {mean[0]:.2f}, wasted {mean[1]:.0f}, {mean[2]:.2f} x Plain; "
           f"best acceptance {top:.2f}")
-    print(f"DSSD's acceptance is {mine.acceptance / mean[0]:.2f} x the grid's mean and {mine.acceptance / top:.2f} x its best; "
+    print(f"DSSD's acceptance is {ratio(mine.acceptance, mean[0])} x the grid's mean and {ratio(mine.acceptance, top)} x its best; "
           f"it wastes {mine.wasted} tokens, the grid's mean {mean[1]:.0f} and its fastest {results[fastest][0].wasted}")
     print("exits of DSSD's tokens: " + ", ".join(f"{n / mine.emitted:.0%} at depth {d}" for d, n in sorted(mine.exits.items()))
           + "; draft lengths: " + ", ".join(f"{k}: {n}" for k, n in sorted(mine.draft_lengths.items())))

@@ -137,6 +137,7 @@ class ExitHead(nn.Module):
                 self.out.load_state_dict(model.embed_out.state_dict())
 
     def body(self, h, cache=None):
+        h = h.to(self.norm.weight.dtype)                                  # heads may learn in float32 on a bfloat16 backbone
         if self.kind == "block":
             model = self.backbone[0]
             T, offset = h.shape[1], cache.length[0] if cache else 0
@@ -150,7 +151,7 @@ class ExitHead(nn.Module):
 
     def output(self, x):
         matrix = self.backbone[0].embed_out if self.kind in ("tied", "lowrank") else self.out
-        return matrix(x)                                                  # (B, T, V)
+        return matrix(x.to(matrix.weight.dtype))                          # (B, T, V)
 
     def forward(self, h, cache=None):
         return self.output(self.body(h, cache))
@@ -183,7 +184,10 @@ def check_layers(layers, depth):
 
 
 def fingerprint(model):
-    """A short name of a backbone, the same in every dtype: a hash of its shape and of some of its weights."""
+    """A short name of a backbone: a hash of its shape and of some of its weights.
+
+    The same whether F16 weights, as the official ones are, are read as float16, bfloat16 or float32.
+    """
     h = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     first, last = model.layers[0], model.layers[-1]
     for w in (model.embed_out.weight, first.attention.query_key_value.weight, last.mlp.dense_4h_to_h.weight):
@@ -238,7 +242,7 @@ class ExitHeads(nn.Module):
                 tensors = {name: f.get_tensor(name) for name in f.keys()}
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read as a heads file ({error}); train heads with train.py") from None
-        if info is None:
+        if not isinstance(info, dict) or {"kind", "layers", "calibration", "backbone"} - set(info):
             raise InputError(f"{path} holds no exit heads (its metadata lacks 'nanoexit'); train heads with train.py")
         if info["backbone"] != fingerprint(model):
             raise InputError(f"the heads in {path} were trained on another backbone (fingerprint {info['backbone']}, "
@@ -287,9 +291,9 @@ def distill_loss(heads, hidden, last, loss=kl, chunk=1024):
     total = torch.zeros(len(bodies), device=last.device)
     for i in range(0, N, chunk):
         with torch.no_grad():
-            full = model.unembed(last.flatten(0, 1)[i:i + chunk])                    # (chunk, V)
+            full = model.unembed(last.flatten(0, 1)[i:i + chunk]).float()            # (chunk, V)
         for m, (head, leaf) in enumerate(zip(heads.heads, leaves)):
-            part = loss(full, head.output(leaf[i:i + chunk])) / N
+            part = loss(full, head.output(leaf[i:i + chunk]).float()) / N
             if learn:
                 part.backward()
             total[m] += part.detach()

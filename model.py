@@ -27,6 +27,7 @@ import codecs
 import hashlib
 import http.client
 import json
+import math
 import os
 import re
 import sys
@@ -54,7 +55,7 @@ def command_line(main):
     """Run a chapter's main(): bad input ends in one line and exit status 2, never in a traceback."""
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:                                # OSError: a file that cannot be written
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -81,6 +82,8 @@ class PythiaConfig:
     @classmethod
     def from_dict(cls, d):
         """Official or current-transformers config.json as a dict. Raises InputError naming a field we do not support."""
+        if not isinstance(d, dict):
+            raise InputError("config.json is no JSON object; is this a model's folder?")
         d = dict(d)
         rope = d.get("rope_parameters") or d.get("rope_scaling") or {}   # where newer transformers keeps RoPE
         d.setdefault("rotary_pct", rope.get("partial_rotary_factor", 0.25))
@@ -96,6 +99,9 @@ class PythiaConfig:
                                "num_attention_heads") if f not in d]
         if missing:
             raise InputError(f"config.json: missing {', '.join(missing)}; is this a GPT-NeoX config?")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        if any(type(d[f]) is not int or d[f] < 1 for f in sizes):
+            raise InputError(f"config.json: {', '.join(sizes)} must be positive whole numbers")
         if d["hidden_size"] % d["num_attention_heads"]:
             raise InputError(f"config.json: hidden_size {d['hidden_size']} is not a multiple of "
                              f"num_attention_heads {d['num_attention_heads']}")
@@ -210,8 +216,7 @@ class Pythia(nn.Module):
     def from_pretrained(cls, name_or_dir=TOY, device="cpu", dtype=torch.float32):
         """A frozen model from a local folder or an official name (pythia-14m .. pythia-12b, also -deduped).
 
-        Reads F16, BF16 and F32 files, whole or in shards; peak memory is one copy of the weights plus the
-        largest tensor. Raises InputError when files are missing, damaged or do not fit the config.
+        Reads F16, BF16 and F32 files, whole or in shards; peak memory is little more than one copy of the weights. Raises InputError when files are missing, damaged or do not fit the config.
         """
         folder = locate(name_or_dir)
         config = PythiaConfig.from_dict(read_json(folder / "config.json", "is this a model's folder?"))
@@ -229,10 +234,11 @@ class Pythia(nn.Module):
         c = self.config
         if self.rope is None or self.rope[0].device != like.device or self.rope[0].dtype != like.dtype:
             R = int(c.hidden_size // c.num_attention_heads * c.rotary_pct)
-            frequency = c.rotary_emb_base ** (-torch.arange(0, R, 2, device=like.device).float() / R)       # (R/2,)
-            angle = torch.arange(c.max_position_embeddings, device=like.device)[:, None, None] * frequency  # (2048, 1, R/2)
-            angle = torch.cat((angle, angle), -1)                                                           # (2048, 1, R)
-            self.rope = angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+            with torch.inference_mode(False):                             # the table may later serve training
+                frequency = c.rotary_emb_base ** (-torch.arange(0, R, 2, device=like.device).float() / R)   # (R/2,)
+                position = torch.arange(c.max_position_embeddings, device=like.device)
+                angle = (position[:, None, None] * frequency).repeat(1, 1, 2)                   # (context, 1, R)
+                self.rope = angle.cos().to(like.dtype), angle.sin().to(like.dtype)
         return self.rope[0][offset:offset + T], self.rope[1][offset:offset + T]
 
     @staticmethod
@@ -328,6 +334,16 @@ def read_json(path, what):
         raise InputError(f"{path} is not JSON; {what}") from None
 
 
+def shards_of(folder):
+    """The files that model.safetensors.index.json names."""
+    path = Path(folder) / "model.safetensors.index.json"
+    index = read_json(path, "there is no model.safetensors either")
+    try:
+        return sorted(set(index["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{path} has no weight_map; copy or download it again") from None
+
+
 def open_weights(path):
     """safe_open with a clear error for a missing, truncated or foreign file."""
     try:
@@ -344,8 +360,7 @@ def load_weights(model, folder, device, dtype):
     folder = Path(folder)
     files = ["model.safetensors"]
     if not (folder / files[0]).exists():
-        index = read_json(folder / "model.safetensors.index.json", f"{folder} has no model.safetensors either")
-        files = sorted(set(index["weight_map"].values()))
+        files = shards_of(folder)
     wanted = {official_name(name): (name, tuple(p.shape)) for name, p in model.named_parameters()}
     home, problems = {}, []                                               # home: which file holds a tensor
     for file in files:
@@ -361,8 +376,9 @@ def load_weights(model, folder, device, dtype):
     problems += [f"missing {key}" for key in wanted if key not in home]
     if problems:
         raise InputError(f"the weights in {folder} do not fit its config.json: " + "; ".join(problems))
-    for key, (name, _) in wanted.items():
-        with open_weights(home[key]) as f:                                # reopened, so that no mapped page is kept
+    # largest first, and each file reopened so that no mapped page is kept: the peak is one copy and a small tensor
+    for key, (name, _) in sorted(wanted.items(), key=lambda item: -math.prod(item[1][1])):
+        with open_weights(home[key]) as f:
             tensor = f.get_tensor(key).to(device=device, dtype=dtype, copy=True)
         parent, leaf = name.rsplit(".", 1)
         setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
@@ -404,8 +420,9 @@ def receive(url, part, size):
             while chunk := response.read(1 << 20):
                 f.write(chunk)
                 have += len(chunk)
-                print(f"\r{part.stem}: {have / 1e6:,.1f} of {total / 1e6:,.1f} MB", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+                if sys.stderr.isatty():
+                    print(f"\r{part.stem}: {have / 1e6:,.1f} of {total / 1e6:,.1f} MB", end="", file=sys.stderr, flush=True)
+    print(f"{part.stem}: {have / 1e6:,.1f} MB", file=sys.stderr)
     if have < total:
         raise ConnectionError(f"{have:,} of {total:,} bytes came")
     return headers
@@ -416,8 +433,10 @@ def fetch(url, path, size=None, sha256=None, tries=3):
 
     Raises FileNotFoundError where the server has no such file, InputError when the transfer or a check fails.
     """
-    part, trouble = Path(f"{path}.part"), None
+    part, trouble, headers = Path(f"{path}.part"), None, {}
     for attempt in range(tries):
+        if sha256 and part.exists() and part.stat().st_size == size:      # whole already, only not yet renamed
+            break
         try:
             headers = receive(url, part, size)
             break
@@ -427,17 +446,25 @@ def fetch(url, path, size=None, sha256=None, tries=3):
             if error.code == 416:                                         # what we hold is no beginning of the file
                 part.unlink()
             trouble = error
-        except (OSError, http.client.HTTPException) as error:             # no network, or a broken transfer
+        except (OSError, ValueError, http.client.HTTPException) as error:   # no network, a broken transfer, a bad address
             trouble = error
     else:
         raise InputError(f"{url} could not be downloaded ({trouble}); run again to resume, give the folder of a local "
-                         f"copy as the model, or use the toy (--model {TOY.name})")
+                         f"copy as the model, or use the toy, which is the default")
     wanted = sha256 or headers.get("x-linked-etag", headers.get("etag", "")).strip('W/"')
     size = size or int(headers.get("x-linked-size", part.stat().st_size))
     if part.stat().st_size != size or len(wanted) in (40, 64) and checksum(part, wanted) != wanted:
         part.unlink()
         raise InputError(f"{url}: the file that came has the wrong size or checksum and was deleted; run again")
     os.replace(part, path)
+
+
+def complete(folder):
+    """Whether a folder holds a whole model: config, tokenizer, and the weights in one file or all shards."""
+    def there(*files):
+        return all((folder / f).is_file() for f in files)
+    weights = there("model.safetensors") or there("model.safetensors.index.json") and there(*shards_of(folder))
+    return there("config.json", "tokenizer.json") and weights
 
 
 def locate(name):
@@ -460,11 +487,11 @@ def locate(name):
     snapshot = hub / "snapshots" / revision
     if (hub / "refs" / revision).is_file():
         snapshot = hub / "snapshots" / (hub / "refs" / revision).read_text().strip()
-    if {"config.json", "tokenizer.json"} <= {p.name for p in snapshot.glob("*")} and any(snapshot.glob("model*.safetensors")):
+    if complete(snapshot):
         return snapshot
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nanoexit" / f"{short}-{revision[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
-    base = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/EleutherAI/{short}/resolve/{revision}/"
+    base = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/EleutherAI/{short}/resolve/{revision}/"
 
     def need(file, size=None, sha256=None):
         if not (folder / file).exists():
@@ -476,8 +503,7 @@ def locate(name):
             need("model.safetensors", size, sha256)
         except FileNotFoundError:
             need("model.safetensors.index.json")
-            index = read_json(folder / "model.safetensors.index.json", "delete it and run again")
-            for shard in sorted(set(index["weight_map"].values())):
+            for shard in shards_of(folder):
                 need(shard)
     except FileNotFoundError as error:
         raise InputError(f"{error} does not exist on the server; this checkpoint has no safetensors there") from None
@@ -524,11 +550,12 @@ class Tokenizer:
         path = Path(folder) / "tokenizer.json"
         try:
             spec = json.loads(path.read_text("utf-8"))
-            assert spec["model"]["type"] == "BPE" and spec["pre_tokenizer"]["type"] == "ByteLevel"
+            if (spec["model"]["type"], spec["pre_tokenizer"]["type"]) != ("BPE", "ByteLevel"):
+                raise ValueError("no byte-level BPE")
             return cls(spec)
         except FileNotFoundError:
             raise InputError(f"{path} is missing; copy the official tokenizer.json beside the weights") from None
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is not a GPT-NeoX tokenizer.json ({error!r})") from None
 
     @staticmethod
@@ -574,7 +601,8 @@ def sample(model, ids, max_new_tokens, temperature=0.0, seed=0):
         x = model.run(model.embed(new), 0, model.config.num_hidden_layers, cache)
         logits = model.unembed(x[:, -1])                                  # (1, V)
         if temperature:
-            new = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
+            logits = logits.float() - logits.max()                        # so that a tiny temperature cannot overflow
+            new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
         else:
             new = logits.argmax(-1, keepdim=True)                         # (1, 1)
         yield new.item()

@@ -170,7 +170,7 @@ def train_heads(model, heads, batches, steps, lr, loss, metrics):
     try:
         for step in range(1, steps + 1):
             for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, step / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+                group["lr"] = lr * min(1, step / 20) * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
             losses, teacher, students = teacher_and_heads(model, heads, next(batches), loss)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -180,8 +180,8 @@ def train_heads(model, heads, batches, steps, lr, loss, metrics):
             progress.show(step * tokens, f"step {step:,}/{steps:,}  loss {smooth.mean():.3f} nats/token")
     except KeyboardInterrupt:
         print(f"\ninterrupted after {step - 1:,} steps: calibrating what was trained (Ctrl-C again to stop without)")
-    print(f"the frozen model's forward pass took {spent[0] / max(sum(spent), 1e-9):.0%} of the training time, "
-          f"the heads {spent[1] / max(sum(spent), 1e-9):.0%}")
+    print(f"the frozen model's blocks took {spent[0] / max(sum(spent), 1e-9):.0%} of the training time, "
+          f"its unembedding and the heads {spent[1] / max(sum(spent), 1e-9):.0%}")
 
 
 def describe(heads, model, found, test):
@@ -236,7 +236,7 @@ def report(path, heads, metrics, found, test):
 
 def write_run(out, heads, metrics, found, test):
     """Make the run's files in a folder beside `out`, then move each into place: a killed run leaves old files whole."""
-    out = Path(out)
+    out = Path(out).resolve()
     fresh = out.with_name(out.name + ".tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -245,9 +245,18 @@ def write_run(out, heads, metrics, found, test):
     if test:
         report(fresh / "report.png", heads, metrics, found, test)
     out.mkdir(parents=True, exist_ok=True)
-    for file in fresh.iterdir():
+    (out / "report.png").unlink(missing_ok=True)                          # none of an earlier run beside these heads
+    for file in sorted(fresh.iterdir(), reverse=True):                    # the heads last
         os.replace(file, out / file.name)
     fresh.rmdir()
+
+
+def check_out(out):
+    """Fail before the work, not after it: `out` must be a folder, or be able to become one."""
+    out = Path(out).resolve()
+    parent = next(p for p in (out, *out.parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"--out {out}: {parent} is not a folder that can be written to")
 
 
 def run_heads(args):
@@ -266,7 +275,7 @@ def run_heads(args):
     corpus = args.data.removesuffix("+self")
     splits = {} if args.data == "self" else load_splits(corpus, tokenizer, length)
     written = {}
-    if args.data.endswith("self"):
+    if args.data == "self" or args.data.endswith("+self"):
         tokens = max(args.steps * args.batch * length // 4, 8 * length)
         written = written_splits(model, args.data, splits, tokenizer.end, length + 1, tokens, args.seed)
         splits = splits or {s: ids.flatten() for s, ids in written.items()}
@@ -279,7 +288,7 @@ def run_heads(args):
 
     def batches():
         while True:
-            own = args.batch * 2 // 3 if args.data.endswith("+self") else args.batch if written else 0
+            own = max(1, args.batch * 2 // 3) if args.data.endswith("+self") else args.batch if written else 0
             rows = [windows(splits["train"], args.batch - own, length, generator)] if own < args.batch else []
             if own:
                 pick = torch.randint(len(written["train"]), (own,), generator=generator)
@@ -302,14 +311,14 @@ def run_heads(args):
         metrics += describe(heads, model, found, test)
         prefixes = windows(splits["test"], 64, 32, torch.Generator().manual_seed(1)).to(args.device)
         own = self_text(model, prefixes, min(160, model.config.max_position_embeddings), (0.0,)).cpu()
-        agree = evaluate(model, heads, own)["agree"].view(64, -1, len(layers))[:, 32:].float().mean((0, 1))   # not the prefixes
+        agree = evaluate(model, heads, own)["agree"].view(64, -1, len(layers))[:, 31:].float().mean((0, 1))   # not the prefixes
         print("\non the model's own greedy text, which a decoder meets (64 continuations of test prefixes): agreement "
               + ", ".join(f"{a:.1%} at exit {n}" for n, a in zip(layers, agree)))
         metrics.append({"own_greedy_agreement": [round(a, 4) for a in agree.tolist()]})
     except KeyboardInterrupt:
-        print("\nstopped: the heads are kept without calibration")
+        print("\nstopped: the heads are kept" + ("" if heads.calibration else " without calibration"))
     write_run(args.out, heads, metrics, found, test)
-    print(f"\nwrote {Path(args.out) / 'heads.safetensors'}, metrics.jsonl and report.png after "
+    print(f"\nwrote {Path(args.out) / 'heads.safetensors'}, metrics.jsonl{' and report.png' if test else ''} after "
           f"{time.perf_counter() - begin:.0f} s")
 
 
@@ -430,7 +439,7 @@ def train_backbone(out, tokens, seed, compiled):
     """Train the toy: BPE, then a 16 x 128 GPT-NeoX on the standard library, into the folder `out`."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    own = [d for d in stdlib_documents()]
+    own = stdlib_documents()
     names = {name for name, _ in own}
     tests = [d for d in stdlib_documents(tests=True) if d[0] not in names]
     own_train = [d for d in own if split_of(d[0]) == "train"]
@@ -457,7 +466,8 @@ def train_backbone(out, tokens, seed, compiled):
                              betas=(0.9, 0.95), weight_decay=0.01)
     muon = Muon(stacks)
     forward = torch.compile(model.forward) if compiled else model.forward
-    steps, batch_tokens = tokens // 4096, 4096
+    batch_tokens, done = 4096, 0
+    steps = tokens // batch_tokens
     print(f"backbone: {sum(p.numel() for p in model.parameters()):,} parameters, {len(stream):,} tokens of text, "
           f"{steps:,} steps of {batch_tokens:,} tokens", flush=True)
     progress, begin, smooth = Progress(steps * batch_tokens), time.perf_counter(), None
@@ -473,17 +483,18 @@ def train_backbone(out, tokens, seed, compiled):
             adam.step()
             muon.step(0.02 * scale)
             model.zero_grad()
-            smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-            progress.show((step + 1) * batch_tokens, f"step {step + 1:,}/{steps:,}  loss {smooth:.3f} nats/token")
-            if (step + 1) % 250 == 0:
+            done = step + 1
+            smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
+            progress.show(done * batch_tokens, f"step {done:,}/{steps:,}  loss {smooth:.3f} nats/token")
+            if done % 250 == 0:
                 save_model(out, model, spec)
     except KeyboardInterrupt:
-        print(f"\ninterrupted at step {step:,}; the backbone trained so far goes to {out}")
+        print(f"\ninterrupted after step {done:,}; the backbone trained so far goes to {out}")
     minutes = (time.perf_counter() - begin) / 60
     save_model(out, model, spec)
-    loss, accuracy = language_score(model.half().float(), held_out)
+    loss, accuracy = language_score(Pythia.from_pretrained(out), held_out)   # as written, in F16
     bits = loss / math.log(2) * len(held_out) / held_out_bytes
-    print(f"{(step + 1) * batch_tokens:,} tokens in {minutes:.0f} minutes; held out: {loss:.4f} nats per token, "
+    print(f"{done * batch_tokens:,} tokens in {minutes:.0f} minutes; held out: {loss:.4f} nats per token, "
           f"{bits:.3f} bits per byte, next-token accuracy {accuracy:.1%}")
 
 
@@ -533,7 +544,10 @@ def main():
     args = parser.parse_args()
     if min(args.steps, args.batch, args.length, args.tokens) < 1 or not 0 < args.lr < float("inf"):
         raise InputError("--steps, --batch, --length, --tokens and --lr must be positive")
+    check_out(args.out)
     if args.backbone:
+        if args.tokens < 4096:
+            raise InputError("--tokens must be at least 4,096: one step of the backbone's training")
         train_backbone(args.out, args.tokens, args.seed, args.compile)
     else:
         run_heads(args)

@@ -15,8 +15,8 @@ from model import InputError
 
 def shaken(model, layers=(1, 2, 3), kind="linear", seed=0):
     """Heads that differ from the logit lens, so that a wrong start would show."""
-    heads = ExitHeads(model, list(layers), kind)
     torch.manual_seed(seed)
+    heads = ExitHeads(model, list(layers), kind)
     with torch.no_grad():
         for p in heads.parameters():
             p.add_(0.1 * torch.randn_like(p))

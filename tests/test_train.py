@@ -35,7 +35,7 @@ def test_main_job(tmp_path, text):
     assert [r["step"] for r in lines[:3]] == [1, 2, 3] and [r["exit"] for r in lines[3:6]] == [4, 8, 12]
     assert all(0 <= r["agreement"] <= 1 and set(r["levels"]) == {"0.80", "0.90", "0.95", "0.98"} for r in lines[3:6])
     assert len(lines[6]["own_greedy_agreement"]) == 3
-    assert "agrees with full" in printed and "forward pass took" in printed
+    assert "agrees with full" in printed and "frozen model's blocks took" in printed
     again = run("train.py", "--layers", "4,8,12", "--data", text, "--out", tmp_path / "again", *FAST)
     assert again[0] == 0
     assert (out / "heads.safetensors").read_bytes() == (tmp_path / "again" / "heads.safetensors").read_bytes()
@@ -45,6 +45,16 @@ def test_main_job(tmp_path, text):
 def test_text_of_its_own(tmp_path, data):
     status, printed, errors = run("train.py", "--layers", "8", "--head", "block", "--data", data, "--out", tmp_path / "run", *FAST)
     assert status == 0 and "written by the model" in printed and "own greedy text" in printed, errors
+
+
+@pytest.mark.parametrize("head", T.KINDS)
+def test_half_precision_backbone(tmp_path, text, head):
+    status, _, errors = run("train.py", "--layers", "8", "--head", head, "--data", text, "--dtype", "bfloat16", "--out",
+                            tmp_path / "run", "--steps", "2", "--batch", "1", "--length", "32")
+    assert status == 0, errors
+    model = Pythia.from_pretrained(TOY)
+    before, after = ExitHeads(model, [8], head), ExitHeads.load(tmp_path / "run" / "heads.safetensors", model)
+    assert any(not torch.equal(a.half(), b.half()) for a, b in zip(before.parameters(), after.parameters()))
 
 
 def test_evaluate_equals_a_direct_computation():
@@ -142,6 +152,9 @@ def test_bad_text(tmp_path):
 
 
 def test_other_bad_options(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert_refused(run("train.py", "--out", tmp_path / "file"), "not a folder")
+    assert_refused(run("train.py", "--backbone", "--tokens", "100", "--out", tmp_path / "b"), "at least 4,096")
     assert_refused(run("train.py", "--steps", "0"), "must be positive")
     assert_refused(run("train.py", "--model", "nosuch"), "neither a folder nor an official name")
     assert_refused(run("train.py", "--head", "huge"), "invalid choice")
