@@ -18,8 +18,9 @@ Kinds, all starting from the model's own final norm and unembedding (the "logit 
               values), norm, D -> V                               beyond the paper
 The kinds besides linear, the logit-lens start and the mixing of written text are additions of this project.
 
-    python heads.py         a table of agreement with the full model per exit, and heads.png: the top
-                            prediction at every depth for one line of code
+    python heads.py             a table of agreement with the full model per exit, and heads.png: the top
+                                prediction at every depth for one line of code
+    python heads.py --steps 40  also every kind after the same short training, about two minutes
 """
 import argparse
 import hashlib
@@ -364,19 +365,20 @@ def main():
     parser = argparse.ArgumentParser(description="Exit heads of the toy: how often they agree with the full model, at what cost.")
     parser.add_argument("--heads", help="another heads file to show (default: the two that come with the toy)")
     parser.add_argument("--tokens", type=int, default=16384, help="held-out tokens to measure on")
-    parser.add_argument("--steps", type=int, default=12, help="training steps for the kinds that are not shipped")
+    parser.add_argument("--steps", type=int, default=0, help="also train every kind for so many steps and compare them")
     parser.add_argument("--figure", default="heads.png", help="where the logit-lens picture goes")
     args = parser.parse_args()
-    if min(args.tokens, args.steps) < 1:
-        raise InputError("--tokens and --steps must be at least 1")
+    if args.tokens < 1 or args.steps < 0:
+        raise InputError("--tokens must be at least 1 and --steps at least 0")
     torch.manual_seed(0)
     model, tokenizer = Pythia.from_pretrained(TOY), Tokenizer.load(TOY)
     files = [args.heads] if args.heads else [TOY / "heads.safetensors", TOY / "heads-fast.safetensors"]
     rows = {Path(f).name: ExitHeads.load(f, model) for f in files}
     rows["tied, untrained (logit lens)"] = ExitHeads(model, [4, 8, 12], "tied")
-    brief = {kind: ExitHeads(model, [4, 8, 12], kind) for kind in KINDS}
-    train_briefly(model, brief, toy_windows("train", args.steps * 8 * 256), args.steps)
-    rows.update({f"{kind}, {args.steps} steps": heads for kind, heads in brief.items()})
+    if args.steps:
+        brief = {kind: ExitHeads(model, [4, 8, 12], kind) for kind in KINDS}
+        train_briefly(model, brief, toy_windows("train", args.steps * 8 * 256), args.steps)
+        rows.update({f"{kind}, {args.steps} steps": heads for kind, heads in brief.items()})
     test = toy_windows("test", args.tokens)
     print(f"agreement with the full model on {test.numel():,} held-out tokens; a full token costs {full_cost(model):.2f} blocks")
     print(f"{'heads':<30}{'kind':<9}{'depth':>6}{'agreement':>11}{'parameters':>12}{'cost (block-equivalents)':>26}")

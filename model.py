@@ -216,7 +216,8 @@ class Pythia(nn.Module):
     def from_pretrained(cls, name_or_dir=TOY, device="cpu", dtype=torch.float32):
         """A frozen model from a local folder or an official name (pythia-14m .. pythia-12b, also -deduped).
 
-        Reads F16, BF16 and F32 files, whole or in shards; peak memory is little more than one copy of the weights. Raises InputError when files are missing, damaged or do not fit the config.
+        Reads F16, BF16 and F32 files, whole or in shards; peak memory is little more than one copy of the
+        weights. Raises InputError when files are missing, damaged or do not fit the config.
         """
         folder = locate(name_or_dir)
         config = PythiaConfig.from_dict(read_json(folder / "config.json", "is this a model's folder?"))

@@ -528,7 +528,7 @@ def main():
     parser.add_argument("--start", choices=("lens", "random"), default="lens",
                         help="start from the model's own final norm and unembedding, or at random")
     parser.add_argument("--loss", choices=LOSSES, default="kl", help="kl (default), topk (32), hard (argmax labels)")
-    parser.add_argument("--data", default="stdlib", help="stdlib, self, stdlib+self, a text file, or a folder of them")
+    parser.add_argument("--data", default="stdlib", help="stdlib, a text file, or a folder of them; self: text the model writes; X+self: both")
     parser.add_argument("--steps", type=int, default=100, help="training steps")
     parser.add_argument("--batch", type=int, default=8, help="windows per step")
     parser.add_argument("--length", type=int, default=512, help="tokens per window")

@@ -215,7 +215,7 @@ def exact_joint(model, ids, temperature, top_p, n=3):
     return paths
 
 
-DRAWS = int(os.environ.get("NANOEXIT_DRAWS", 4000))                       # CI takes 20,000
+DRAWS = int(os.environ.get("NANOEXIT_DRAWS", 4000))                       # per case; CI takes 24,000 in all
 
 
 def chi_square(model, policy, temperature, top_p, draws=DRAWS):

@@ -110,6 +110,18 @@ def test_loss_is_zero_only_for_the_full_models_own_distribution():
     assert topk_kl(z, z, 5).abs() < 1e-5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_heads_learn_on_a_half_precision_backbone(kind):
+    ids, losses = torch.randint(0, 96, (2, 13)), []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny().to(dtype)
+        heads = shaken(model, kind=kind).float()
+        *hidden, last = model.hidden_states(ids, (1, 2, 3, 4))
+        losses.append(distill_loss(heads, hidden, last))
+        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in heads.parameters())
+    assert torch.allclose(*losses, rtol=0.1)
+
+
 def test_heads_learn():
     model = tiny()
     heads = ExitHeads(model, [3], start="random")
