@@ -786,7 +786,7 @@ def row_of(name, stats, plain_ms, same):
 
 
 def ratio(a, b):
-    return f"{a / b:.2f}" if b else "-"
+    return f"{a / b:.2f}" if b and a == a and b == b else "-"   # a policy that never drafts has no acceptance
 
 
 def held_out_prompts(folder, n, length=64, split="test"):

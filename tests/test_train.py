@@ -162,7 +162,8 @@ def test_ctrl_c_keeps_what_was_trained_and_a_kill_leaves_old_files(tmp_path, tex
     command = [sys.executable, "-u", "train.py", "--layers", "8", "--data", str(text), "--out", str(out), "--steps", "100000",
                "--batch", "2", "--length", "64"]
     for number in (signal.SIGKILL, signal.SIGINT):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True,   # a background job ignores Ctrl-C
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
         assert "linear heads at layers 8" in process.stdout.readline()
         time.sleep(3)
         process.send_signal(number)
