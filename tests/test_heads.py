@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import heads as H

@@ -11,7 +11,7 @@ import torch
 import train as T
 from conftest import ROOT, TOY, assert_refused, run, tiny
 from heads import ExitHeads, split_of, stdlib_documents
-from model import InputError, Pythia, Tokenizer
+from model import Pythia, Tokenizer
 
 FAST = ("--steps", "3", "--batch", "2", "--length", "64")
 
