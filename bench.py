@@ -1,60 +1,132 @@
 """Chapter 7. What it costs, what it buys: every policy side by side in one run.
 
-Decoding one sequence is bound by moving weights, not by arithmetic: a step with T rows reads every matrix once,
-as a step with one row does. If T rows cost little more than one, verifying drafts is nearly free and
-speculation pays what its acceptance promises; if they cost T times as much, it cannot pay at all. So the first
-thing printed is this curve on this machine ("what a second row costs"), beside the memory bandwidth. On a
-toy that fits the cache the overhead of each call counts as well.
+Decoding one sequence is bound by moving weights, not by arithmetic: a pass with n rows reads every matrix once,
+as a pass with one row does. If n rows cost little more than one, verifying drafts is nearly free and speculation
+pays what its acceptance promises; if they cost n times as much, it cannot pay at all. So the first thing printed
+is this curve on this machine ("what a second row costs"), beside the memory bandwidth. The roofline of a policy:
+
+    least ms per token = bytes that its passes must read per token / bandwidth
+
+and the table shows which fraction of it was reached (a model that fits the processor's cache may exceed 100 %).
+On a toy the overhead of each call counts as much as the bytes.
 
 The policies run in turn on every prompt, after a warm-up, several times over; the figures are medians over the
-repeats, with the least and the most, and the ratios are within one run. Greedy text of a small model falls into loops, which
-flatter every speculative method: the share of distinct 4-grams in the continuations is printed.
+repeats, with the least and the most, and all ratios are within one run. Greedy text of a small model falls into
+loops, which flatter every speculative method: so the share of distinct 4-grams is printed, and sampled text
+(temperature 0.8) stands beside the greedy one.
 
-    python bench.py                                      the toy, its fast heads, greedy
+Real sizes without real weights: `--widen r` makes a model of the same function whose every matrix is r times
+wider and taller. The residual stream is repeated r times, which leaves the statistics of LayerNorm alone; heads
+are repeated; matrices are tiled and divided by r. `--vocab n` pads the unembedding to n rows that never win. So
+acceptance is the toy's while the cost is that of a real model (toy x 16: D = 2,048, Pythia-1B's). The limits: the
+heads are as good as the toy's, which says nothing about a real model's; and depth stays 16 blocks.
+
+    python bench.py                                      the toy, its fast heads: tables, bench.png, growth.png
     python bench.py --heads toy/heads.safetensors        the paper's heads
-    python bench.py --temperature 0.8
+    python bench.py --widen 8 --prompts 4 --max-new-tokens 64 --dtype bfloat16
     python bench.py --peer transformers                  beside another library, where it is installed
     python bench.py --loss-memory                        what training heads costs in memory, chunked and not
 
-The last line of stdout is one JSON object (also --json FILE). Expect about three minutes on two CPU cores.
+The last line of stdout is one JSON object (also --json FILE). Expect about seven minutes on two CPU cores.
 """
 import argparse
 import json
 import multiprocessing
-import os
 import platform
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from dssd import (DRAFT_LENGTHS, DSSD, HEADER, EarlyExit, LayerSkip, Plain, automatic, fast, first_gaps, held_out_prompts,
-                  measure, ratio, row_of, run_in_turn)
-from heads import ExitHeads, distill_loss, kl
-from model import TOY, InputError, Pythia, PythiaConfig, command_line, locate
+from dssd import (DRAFT_LENGTHS, DSSD, HEADER, EarlyExit, LayerSkip, Plain, automatic, beside_grid, fast, first_gaps,
+                  held_out_prompts, measure, row_of, run_in_turn)
+from heads import ExitHeads, distill_loss, kl, toy_windows
+from model import TOY, InputError, Pythia, PythiaConfig, command_line, locate, written_whole
+
+# ---------------------------------------------------------------- the machine
 
 
-def hardware():
-    """One line: processor, threads, versions, and the bandwidth of reading a large tensor, in GB/s."""
+def bandwidth(device):
+    """Bytes per second of reading a tensor that no cache holds (256 MB; 1 GB on a GPU), the median of nine."""
+    x = torch.ones((64 if device == "cpu" else 256) * 2 ** 20, device=device)
+    times = []
+    for _ in range(9):
+        begin = time.perf_counter()
+        x.sum().item()
+        times.append(time.perf_counter() - begin)
+    return x.numel() * 4 / sorted(times)[4]
+
+
+def hardware(device):
+    """One line: processor, threads, version of torch."""
+    if device != "cpu":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                      if line.startswith("model name")), name)
-    x = torch.ones(64 * 2 ** 20)                                          # 256 MB: no cache holds it
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        x.sum()
-        times.append(time.perf_counter() - begin)
-    bandwidth = x.numel() * 4 / sorted(times)[2] / 1e9
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; memory read at {bandwidth:.1f} GB/s"
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def distinct(texts, n=4):
-    """Share of distinct n-grams among all n-grams of the continuations: low where text loops."""
-    grams = [tuple(t[i:i + n]) for t in texts for i in range(len(t) - n + 1)]
-    return len(set(grams)) / max(1, len(grams))
+@torch.inference_mode()
+def row_dependence(model, rows=8):
+    """Largest difference that the number of rows in one pass makes to a row's final logits; 0.0 if none."""
+    ids = torch.arange(2, 2 + rows, device=model.embed_in.weight.device)[None]
+    L, largest = model.config.num_hidden_layers, 0.0
+    for n in range(2, rows + 1):
+        outputs = []
+        for step in (1, n):                                               # row by row, and all n at once
+            cache = model.new_cache(1, 64 + rows)
+            model.run(model.embed(torch.ones(1, 64, dtype=torch.long, device=ids.device)), 0, L, cache)
+            parts = [model.run(model.embed(ids[:, i:i + step]), 0, L, cache) for i in range(0, n, step)]
+            outputs.append(torch.cat([model.unembed(x) for x in parts], 1))
+        largest = max(largest, (outputs[0] - outputs[1]).abs().max().item())
+    return largest
+
+
+# ---------------------------------------------------------------- a wider model of the same function
+
+
+@torch.no_grad()
+def widen(model, heads, r, vocab=0):
+    """The same function, r times as wide, with the unembedding padded to `vocab` rows: (Pythia, ExitHeads).
+
+    Every matrix is tiled r x r and divided by r, every vector repeated; embedding and unembedding keep their rows.
+    A padding row w has w (g x + b) = -50 for every normalised x: as the entries of x sum to 0, w = c / g with
+    c = -50 / sum(b / g) does it. Such a row never wins and adds e^-50 to the softmax.
+    """
+    c = model.config
+    if r < 1 or vocab and vocab < c.vocab_size:
+        raise InputError(f"--widen must be at least 1, and --vocab at least the model's {c.vocab_size} entries")
+    V, like = max(vocab, c.vocab_size), model.embed_in.weight
+    with torch.device("meta"):
+        wide = Pythia(replace(c, vocab_size=V, hidden_size=r * c.hidden_size, intermediate_size=r * c.intermediate_size,
+                              num_attention_heads=r * c.num_attention_heads))
+    wide = wide.to(like.dtype).to_empty(device=like.device).requires_grad_(False).eval()
+    wide_heads = ExitHeads(wide, heads.layers, heads.kind, start="random").requires_grad_(False).eval()
+    wide_heads.calibration = heads.calibration
+
+    def fill(narrow, wider, norm_of):
+        for (name, p), q in zip(narrow.named_parameters(), wider.parameters()):
+            if p.dim() == 1:
+                q.copy_(p.repeat(r))
+            elif name == "embed_in.weight":
+                q.zero_()[:c.vocab_size] = p.repeat(1, r)
+            elif name in norm_of:
+                g, b = (t.float() for t in norm_of[name].parameters())
+                q[:c.vocab_size] = p.repeat(1, r) / r
+                q[c.vocab_size:] = (-50 / (b / g).sum() / g).repeat(r) / r
+            else:
+                q.copy_(p.repeat(r, r) / r)
+
+    fill(model, wide, {"embed_out.weight": model.final_layer_norm})
+    fill(heads, wide_heads, {f"heads.{m}.out.weight": head.norm for m, head in enumerate(heads.heads)})
+    return wide, wide_heads
+
+
+# ---------------------------------------------------------------- other libraries, the loss's memory
 
 
 def peer_times(folder, prompts, max_new_tokens, repeats):
@@ -83,11 +155,16 @@ def peer_times(folder, prompts, max_new_tokens, repeats):
     return {name: (sorted(t)[len(t) // 2], texts[name]) for name, t in times.items()}
 
 
-def without_nan(value):
-    """The same with None for what is undefined, such as the acceptance of a policy that never drafts."""
-    if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    return None if isinstance(value, float) and value != value else value
+def beside_peer(folder, prompts, max_new_tokens, repeats, record, plain_texts):
+    """Print and return the peers' times beside Plain's and DSSD auto's, all with prefill, which the peers do not time apart."""
+    found = {}
+    for name, (ms, texts) in peer_times(folder, prompts, max_new_tokens, repeats).items():
+        whole = {k: record[k]["ms_per_token"] + record[k]["prefill_ms"] / max_new_tokens for k in ("Plain", "DSSD auto")}
+        same = sum(a == b for a, b in zip(texts, plain_texts)) / len(texts)
+        print(f"{name}: {ms:.2f} ms/token, prefill included; same text as Plain on {same:.0%} of the prompts; Plain is "
+              f"{ms / whole['Plain']:.2f} x, DSSD auto {ms / whole['DSSD auto']:.2f} x as fast")
+        found[name] = {"ms_per_token": ms, "plain_is": ms / whole["Plain"], "dssd_is": ms / whole["DSSD auto"], "same_text": same}
+    return found
 
 
 def loss_peak(naive):
@@ -105,98 +182,243 @@ def loss_peak(naive):
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
 
 
-def main():
+def loss_memory():
+    for name, naive in (("chunked", False), ("naive", True)):             # each in a process of its own, for its own peak
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            print(f"{name} loss, V = 50,304, 4 heads, 8 x 512 tokens: {pool.apply(loss_peak, (naive,)):.2f} GB at the peak")
+
+
+# ---------------------------------------------------------------- policies side by side
+
+
+def distinct(texts, n=4):
+    """Share of distinct n-grams among all n-grams of the continuations: low where text loops."""
+    grams = [tuple(t[i:i + n]) for t in texts for i in range(len(t) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def named(policy, name):
+    policy.name = name
+    return policy
+
+
+def grid_of(heads, suffix=""):
+    """LayerSkip at every exit and every draft length."""
+    grid = [LayerSkip(heads, n, k) for n in heads.layers for k in DRAFT_LENGTHS]
+    return [named(p, p.name + suffix) for p in grid]
+
+
+def table(runs, prompts, bytes_per_second, temperature):
+    """Print one line per policy; return {name: its numbers} and {name: median Stats}."""
+    middle = {name: sorted((s for s, _ in r), key=lambda s: s.ms_per_token)[len(r) // 2] for name, r in runs.items()}
+    plain, plain_texts, record = middle["Plain"], runs["Plain"][0][1], {}
+    print(f"{HEADER[0]:<22}" + "".join(f"{h:>10}" for h in HEADER[1:]) + "  roofline   min .. max ms/token")
+    for name, s in middle.items():
+        times = [r.ms_per_token for r, _ in runs[name]]
+        pairs = [(a, b) for x, y in zip(runs[name][0][1], plain_texts) for a, b in zip(x, y)]
+        same = sum(a == b for a, b in pairs) / len(pairs)
+        roof = 1000 * s.bytes_per_token / bytes_per_second / s.ms_per_token
+        print(row_of(name, s, plain.ms_per_token, "-" if temperature else f"{same:.0%}")
+              + f"{roof:>10.0%}   {min(times):.2f} .. {max(times):.2f}", flush=True)
+        record[name] = {"ms_per_token": s.ms_per_token, "min_ms": min(times), "max_ms": max(times),
+                        "x_plain": plain.ms_per_token / s.ms_per_token, "acceptance": s.acceptance, "wasted": s.wasted, "tau": s.tau,
+                        "draft_length": s.draft_length, "layers_per_token": s.layers_per_token, "cost_per_token_blocks": s.cost_per_token,
+                        "prefill_ms": 1000 * s.prefill_seconds / len(prompts), "bytes_per_token": s.bytes_per_token,
+                        "roofline": roof, "same_tokens": None if temperature else same}
+    return record, middle
+
+
+def compare(model, heads, folder, prompts, args, bytes_per_second, temperature):
+    """One part of the benchmark, greedy or sampled: LayerSkip's whole grid once, then its best beside the other policies."""
+    decoder = fast(model)
+    tuned = named(automatic(model, heads, held_out_prompts(folder, 12, split="calibration"), args.max_new_tokens, temperature), "DSSD auto")
+    options = {"temperature": temperature, "seed": args.seed}
+    tied = ExitHeads(model, heads.layers, "tied").requires_grad_(False)   # the shared unembedding: original LayerSkip
+    grid, some = grid_of(heads) + grid_of(tied, " tied"), prompts[:max(1, len(prompts) // 4)]
+    print(f"\n{'sampled at ' + str(temperature) if temperature else 'greedy'}: LayerSkip's grid on {len(some)} prompts of "
+          f"{len(prompts[0])} tokens x {args.max_new_tokens} new, once")
+    record, stats = table(run_in_turn(decoder, [Plain(), tuned, *grid], some, args.max_new_tokens, repeats=1, **options), some,
+                          bytes_per_second, temperature)
+    own = {p.name: stats[p.name] for p in grid if p.heads is heads}
+    print(beside_grid("DSSD auto", stats["DSSD auto"], own))
+    best = min(grid, key=lambda p: stats[p.name].ms_per_token)
+    levels = [named(kind(heads, heads.thresholds(level)), f"{kind.__name__} {level:.2f}")
+              for kind in (EarlyExit, DSSD) for level in (0.80, 0.90, 0.95)]
+    runs = run_in_turn(decoder, [Plain(), *levels, best, tuned], prompts, args.max_new_tokens, repeats=args.repeats, **options)
+    texts = runs["Plain"][0][1]
+    print(f"\n{'sampled at ' + str(temperature) if temperature else 'greedy'}: {len(prompts)} prompts x {args.max_new_tokens} new "
+          f"tokens, {args.repeats} repeats; {distinct(texts):.0%} of the 4-grams in Plain's text are distinct; prefill "
+          f"{1000 * runs['Plain'][0][0].prefill_seconds / len(prompts):.1f} ms")
+    main_record, stats = table(runs, prompts, bytes_per_second, temperature)
+    if not temperature:
+        report_gaps(model, prompts, texts, runs["DSSD auto"][0][1], args.dtype)
+    return {"grid": record, "policies": main_record, "distinct_4grams": distinct(texts), "best_layerskip": best.name}, texts, tuned
+
+
+def report_gaps(model, prompts, texts, others, dtype):
+    """Print on how many prompts two greedy texts differ, and how near a tie the full model was where they first did."""
+    gaps = first_gaps(model, prompts, texts, others)
+    print(f"{dtype}: DSSD auto's text differs from Plain's on {len(gaps)} of {len(prompts)} prompts"
+          + (f"; the full model's top-2 logit gap at the first difference: median {sorted(gaps)[len(gaps) // 2]:.3f}, largest "
+             f"{max(gaps):.3f}" if gaps else ""))
+
+
+# ---------------------------------------------------------------- how cost grows
+
+
+def pace(model, policy, prompts, n):
+    """Decoded tokens per second of a policy on prompts x n new tokens, after a warm-up; the decoder comes ready."""
+    runs = run_in_turn(model, [policy], prompts, n, repeats=1)
+    return runs[policy.name][0][0].tokens_per_second
+
+
+def growth(model, heads, folder, tuned, widths=(1, 4, 8, 16)):
+    """Tokens per second of Plain and DSSD by context length and by width, and by the depth at which tokens leave."""
+    L, context = model.config.num_hidden_layers, model.config.max_position_embeddings
+    found, decoder = {"context": [], "width": [], "depth": []}, fast(model)
+    long = toy_windows("test", 2 * context, context, folder).tolist()
+    for n in [n for n in (128, 256, 512, 1024, 1920) if n + 64 <= context]:
+        prompts = [ids[:n] for ids in long]
+        found["context"].append((n, pace(decoder, Plain(), prompts, 64), pace(decoder, tuned, prompts, 64)))
+    prompts = held_out_prompts(folder, 2)
+    tied = ExitHeads(model, range(1, L), "tied").requires_grad_(False)
+    for n in sorted({1, 2, L // 4, L // 2, 3 * L // 4, L - 1}):           # the text is of no use, its pace is
+        leave = EarlyExit(tied, [float("inf") if m == n else None for m in tied.layers], fill="copy")
+        found["depth"].append((n, pace(decoder, leave, prompts, 64)))
+    for r in widths:
+        wide, wide_heads = widen(model, heads, r)
+        policy, wide = replace(tuned, heads=wide_heads), fast(wide)
+        found["width"].append((r * model.config.hidden_size, pace(wide, Plain(), prompts, 16), pace(wide, policy, prompts, 16)))
+    for name, unit in (("context", "tokens in the prompt"), ("width", "hidden size")):
+        print(f"tokens/s by {unit}, Plain / DSSD auto: " + ", ".join(f"{n:,}: {a:.0f} / {b:.0f}" for n, a, b in found[name]))
+    print("tokens/s if every token left at a depth (keys and values copied): " + ", ".join(f"{n}: {a:.0f}" for n, a in found["depth"]))
+    return found
+
+
+def draw_growth(path, found):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for a, name, label in zip(axes, ("context", "width"), ("tokens in the prompt", "hidden size D (the toy widened)")):
+        x, plain, dssd = zip(*found[name])
+        a.plot(x, plain, "o-", color="#31688e", label="Plain")
+        a.plot(x, dssd, "s--", color="#b8860b", label="DSSD auto")
+        a.set(xlabel=label, ylabel="tokens/s", xscale="log", yscale="log" if name == "width" else "linear")
+        a.set_xticks(x, [f"{n:,}" for n in x])
+        a.minorticks_off()
+        a.legend()
+    axes[0].set_ylim(bottom=0)
+    axes[2].plot(*zip(*found["depth"]), "o-", color="#440154")
+    axes[2].set(xlabel="depth at which every token leaves (blocks)", ylabel="tokens/s", ylim=(0, None))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw(path, cost, parts):
+    """Speed against acceptance of every policy, greedy and sampled, and what further rows cost."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, len(parts) + 1, figsize=(4.3 * (len(parts) + 1), 3.8), layout="constrained")
+    for a, (title, part) in zip(axes, parts.items()):
+        for kind, marker, colour in (("LayerSkip", "o", "#31688e"), (" tied", "x", "#440154"), ("DSSD", "*", "#b8860b")):
+            chosen = {n: r for n, r in {**part["grid"], **part["policies"]}.items() if r["acceptance"] == r["acceptance"]
+                      and (n.endswith(kind) if kind == " tied" else n.startswith(kind) and not n.endswith(" tied"))}
+            label = {"LayerSkip": "LayerSkip, these heads", " tied": "LayerSkip, shared unembedding"}.get(kind, kind)
+            a.scatter([r["acceptance"] for r in chosen.values()], [r["x_plain"] for r in chosen.values()], marker=marker, c=colour,
+                      s=90 if kind == "DSSD" else 22, label=label, zorder=2 + (kind == "DSSD"))
+        a.axhline(1, color="grey", lw=0.8, ls=":")
+        a.set(title=title, xlabel="acceptance rate", ylabel="speed (x Plain)", xlim=(-0.03, 1.03), ylim=(0, None))
+    axes[0].legend(fontsize=7)
+    rows = range(1, len(cost["block"]) + 1)
+    axes[-1].plot(rows, [ms / cost["block"][0] for ms in cost["block"]], "o-", color="#35b779", label="measured")
+    axes[-1].plot(rows, rows, ":", color="grey", label="as many times as rows")
+    axes[-1].set(title="what further rows cost", xlabel="rows in one pass", ylabel="time (x one row)", ylim=(0, len(rows)))
+    axes[-1].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def without_nan(value):
+    """The same with None for what is undefined, such as the acceptance of a policy that never drafts."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and value != value else value
+
+
+def arguments():
     parser = argparse.ArgumentParser(description="Speed, acceptance and cost of every decoding policy.")
     parser.add_argument("--model", default=TOY, help="folder or official name (default: the toy)")
     parser.add_argument("--heads", help="heads file (default: heads-fast.safetensors in the model's folder)")
     parser.add_argument("--prompts", type=int, default=32, help="held-out prompts of 64 tokens")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens per prompt")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and arithmetic")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--widen", type=int, default=1, help="times as wide, the function unchanged")
+    parser.add_argument("--vocab", type=int, default=0, help="rows to pad the unembedding to")
     parser.add_argument("--repeats", type=int, default=3, help="counted runs of every policy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peer", choices=("transformers",), help="another library to compare with, where installed")
     parser.add_argument("--json", help="also write the JSON object to this file")
+    parser.add_argument("--figures", default=".", help="folder for bench.png and growth.png")
     parser.add_argument("--loss-memory", action="store_true", help="only measure the memory of the heads' loss")
     args = parser.parse_args()
-    if args.loss_memory:
-        for name, naive in (("chunked", False), ("naive", True)):         # each in a process of its own, for its own peak
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                print(f"{name} loss, V = 50,304, 4 heads, 8 x 512 tokens: {pool.apply(loss_peak, (naive,)):.2f} GB at the peak")
-        return
     if min(args.prompts, args.repeats) < 1 or args.max_new_tokens < 2:
         raise InputError("--prompts and --repeats must be at least 1, --max-new-tokens at least 2")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no such device here; use cpu")
+    if not Path(args.figures).is_dir():
+        raise InputError(f"--figures {args.figures}: no such folder")
+    if args.peer and (args.widen > 1 or args.vocab or args.dtype != "float32" or args.device != "cpu"):
+        raise InputError("--peer compares float32 on the CPU, with the model as it is on disk; leave the other options out")
+    return args
+
+
+def main():
+    args = arguments()
+    if args.loss_memory:
+        return loss_memory()
     folder = locate(args.model)
-    model = Pythia.from_pretrained(folder, dtype=getattr(torch, args.dtype))
+    model = Pythia.from_pretrained(folder, args.device, getattr(torch, args.dtype))
     heads = ExitHeads.load(args.heads or folder / "heads-fast.safetensors", model)
-    decoder = fast(model)
-    machine = hardware()
-    print(machine)
-    cost = measure(decoder, heads, 8)
-    print("what a second row costs: one block at 128 cached positions, "
-          + ", ".join(f"{1000 * cost['block'][n - 1]:.0f} us for {n}" for n in (1, 2, 4, 8)) + " rows; a head "
-          + ", ".join(f"{1000 * ms:.0f} us at exit {n}" for n, ms in zip(heads.layers, cost["head"]))
-          + f"; unembedding {1000 * cost['full'][0]:.0f} us", flush=True)
-
     prompts = held_out_prompts(folder, args.prompts)
-    tuned = automatic(model, heads, held_out_prompts(folder, 16, split="calibration"), temperature=args.temperature)
-    tuned.name = "DSSD auto"
-    grid = [LayerSkip(heads, n, k) for n in heads.layers for k in DRAFT_LENGTHS]
-    levels = [(f"{kind.__name__} {level:.2f}", kind(heads, heads.thresholds(level))) for level in (0.80, 0.90, 0.95)
-              for kind in (EarlyExit, DSSD)]
-    for name, policy in levels:
-        policy.name = name
-    policies = [Plain(), tuned, *(p for _, p in levels), *grid]
-    runs = run_in_turn(decoder, policies, prompts, args.max_new_tokens, args.temperature, repeats=args.repeats, seed=args.seed)
-    middle = {name: sorted((s for s, _ in r), key=lambda s: s.ms_per_token)[len(r) // 2] for name, r in runs.items()}
-    plain_ms, plain_texts = middle["Plain"].ms_per_token, runs["Plain"][0][1]
-    print(f"\n{args.prompts} held-out prompts of 64 tokens x {args.max_new_tokens} new, temperature {args.temperature}, "
-          f"{args.repeats} repeats; distinct 4-grams in Plain's text: {distinct(plain_texts):.0%}; prefill "
-          f"{1000 * middle['Plain'].prefill_seconds / args.prompts:.1f} ms")
-    print(f"{HEADER[0]:<22}" + "".join(f"{h:>10}" for h in HEADER[1:]) + "   min .. max ms/token")
-    record = {"machine": machine, "options": {**vars(args), "model": str(args.model)}, "policies": {}}
-    for policy in policies:
-        s, times = middle[policy.name], [r.ms_per_token for r, _ in runs[policy.name]]
-        same = sum(a == b for a, b in zip(runs[policy.name][0][1], plain_texts)) / len(prompts)
-        print(row_of(policy.name, s, plain_ms, f"{same:.0%}" if not args.temperature else "-")
-              + f"   {min(times):.2f} .. {max(times):.2f}")
-        record["policies"][policy.name] = {
-            "ms_per_token": s.ms_per_token, "min_ms": min(times), "max_ms": max(times), "x_plain": plain_ms / s.ms_per_token,
-            "acceptance": s.acceptance, "wasted": s.wasted, "tau": s.tau, "draft_length": s.draft_length,
-            "layers_per_token": s.layers_per_token, "cost_per_token_blocks": s.cost_per_token, "same_text": same}
-
-    gaps = first_gaps(model, prompts, plain_texts, runs["DSSD auto"][0][1]) if not args.temperature else []
-    if gaps:
-        print(f"{args.dtype}: DSSD auto's text differs from Plain's on {len(gaps)} of {len(prompts)} prompts; the full model's "
-              f"top-2 logit gap at the first difference: median {sorted(gaps)[len(gaps) // 2]:.3f}, largest {max(gaps):.3f}")
-    names = [p.name for p in grid]
-    mean = {k: sum(getattr(middle[n], k) for n in names) / len(names) for k in ("acceptance", "wasted", "ms_per_token")}
-    fastest = min(names, key=lambda n: middle[n].ms_per_token)
-    most = max(names, key=lambda n: middle[n].acceptance)
-    auto = middle["DSSD auto"]
-    print(f"\nLayerSkip's grid ({len(names)} settings): mean acceptance {mean['acceptance']:.2f}, mean wasted {mean['wasted']:.0f} "
-          f"tokens; fastest {fastest}, highest acceptance {most} ({middle[most].acceptance:.2f})")
-    for name in ("DSSD auto", "DSSD 0.80", "DSSD 0.90", "DSSD 0.95"):
-        s = middle[name]
-        print(f"{name}: acceptance {ratio(s.acceptance, mean['acceptance'])} x the grid's mean, "
-              f"{ratio(s.acceptance, middle[fastest].acceptance)} x the fastest's, {ratio(s.acceptance, middle[most].acceptance)} x "
-              f"the highest; wasted {s.wasted} tokens, 1/{mean['wasted'] / max(1, s.wasted):.1f} of the mean, "
-              f"1/{middle[fastest].wasted / max(1, s.wasted):.1f} of the fastest's; speed "
-              f"{middle[fastest].ms_per_token / s.ms_per_token:.2f} x the fastest")
-    record["grid"] = {**mean, "fastest": fastest, "highest_acceptance": most}
+    if args.widen != 1 or args.vocab:
+        model, heads = widen(model, heads, args.widen, args.vocab)
+    decoder, machine, bytes_per_second = fast(model), hardware(args.device), bandwidth(args.device)
+    c = model.config
+    print(f"{machine}; memory read at {bytes_per_second / 1e9:.1f} GB/s; {args.dtype}, L = {c.num_hidden_layers}, "
+          f"D = {c.hidden_size:,}, V = {c.vocab_size:,}, {heads.kind} heads at {', '.join(map(str, heads.layers))}")
+    cost = measure(decoder, heads, 16)
+    print("what a second row costs: one block at 128 cached positions, "
+          + ", ".join(f"{1000 * cost['block'][n - 1]:.0f} us for {n}" for n in (1, 2, 4, 8, 16)) + " rows; beside its blocks a draft "
+          + ", ".join(f"{1000 * ms:.0f} us at exit {n}" for n, ms in zip(heads.layers, cost["head"]))
+          + f"; a pass to full depth {1000 * cost['full'][0]:.0f} us")
+    difference = row_dependence(decoder)
+    print(f"{args.dtype}: the number of rows in a pass changes a row's logits by at most {difference:.2g}"
+          + (": every lossless policy is lossless to the bit" if not difference else ""), flush=True)
+    parts, texts, tuned = {}, {}, {}
+    for title, temperature in (("greedy", 0.0), ("sampled at 0.8", 0.8)):
+        parts[title], texts[title], tuned[title] = compare(model, heads, folder, prompts, args, bytes_per_second, temperature)
+    record = {"machine": machine, "gigabytes_per_second": bytes_per_second / 1e9, "options": {**vars(args), "model": str(args.model)},
+              "cost_ms": cost, "row_dependence": difference, **parts}
     if args.peer:
-        # the peers time prefill with decoding, so ours is counted with it here
-        for name, (ms, texts) in peer_times(folder, prompts, args.max_new_tokens, args.repeats).items():
-            whole = {k: (1000 * (middle[k].prefill_seconds + middle[k].decode_seconds) / len(prompts) / args.max_new_tokens)
-                     for k in ("Plain", "DSSD auto")}
-            same = sum(a == b for a, b in zip(texts, plain_texts)) / len(texts)
-            print(f"{name}: {ms:.2f} ms/token, prefill included; same text as Plain {same:.0%}; Plain is {ms / whole['Plain']:.2f} x, "
-                  f"DSSD auto {ms / whole['DSSD auto']:.2f} x as fast")
-            record[name] = {"ms_per_token": ms, "plain_is": ms / whole["Plain"], "dssd_is": ms / whole["DSSD auto"], "same_text": same}
+        record["peer"] = beside_peer(folder, prompts, args.max_new_tokens, args.repeats, parts["greedy"]["policies"], texts["greedy"])
+    draw(Path(args.figures) / "bench.png", cost, parts)
+    if args.widen == 1 and args.device == "cpu":
+        print()
+        record["growth"] = growth(model, heads, folder, tuned["greedy"])
+        draw_growth(Path(args.figures) / "growth.png", record["growth"])
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    record["peak_memory_gb"] = peak / 1e9
+    print(f"peak memory of the whole run: {peak / 1e9:.2f} GB")
     text = json.dumps(without_nan(record), allow_nan=False)
     if args.json:
-        Path(args.json + ".tmp").write_text(text + "\n")
-        os.replace(args.json + ".tmp", args.json)
+        with written_whole(args.json) as temporary:
+            temporary.write_text(text + "\n", "utf-8")
     print(text)
 
 

@@ -265,6 +265,7 @@ class Stats:
     redone: int = 0               # of these, for drafts that were rejected
     prefills: int = 0             # generations counted
     extra_cost: float = 0.0       # heads and unembeddings, in block-equivalents
+    bytes: float = 0.0            # weights, keys and values that had to be read: once per pass, whatever its rows
     draft_lengths: Counter = field(default_factory=Counter)
     exits: Counter = field(default_factory=Counter)           # emitted tokens by the depth that produced them
     prefill_seconds: float = 0.0
@@ -286,6 +287,7 @@ class Stats:
     draft_length = property(lambda s: s.drafted / s.rounds if s.rounds else float("nan"))
     layers_per_token = property(lambda s: s.blocks / s.decoded)
     cost_per_token = property(lambda s: (s.blocks + s.extra_cost) / s.decoded)
+    bytes_per_token = property(lambda s: s.bytes / s.decoded)
     ms_per_token = property(lambda s: 1000 * s.decode_seconds / s.decoded)
     tokens_per_second = property(lambda s: s.decoded / s.decode_seconds if s.decode_seconds else float("nan"))
 
@@ -303,8 +305,8 @@ class Generation:
 class Frontier:
     """Which positions have reached which depth, and the residual streams of those that wait to go on.
 
-    Depths `bounds` = 0, the consulted exits, L. `reached[s]` positions have arrived at bounds[s]; `queue[s]`
-    holds the rows (1, n, D) of those that have not yet left it.
+    Depths `bounds` = 0, the consulted exits, L. `reached[s]` positions have arrived at bounds[s]; `queue[s]` is
+    the list of the rows [(1, n, D)] of those that have not yet left it.
     """
 
     def __init__(self, model, policy, capacity, stats):
@@ -314,6 +316,9 @@ class Frontier:
         self.bounds = [0, *(policy.heads.layers[m] for m in self.exits), L]
         self.thresholds = [policy.thresholds[m] for m in self.exits]
         own = [policy.heads.heads[m] for m in self.exits]
+        c, item = model.config, model.embed_in.weight.element_size()
+        self.block_bytes = item * (4 * c.hidden_size ** 2 + 2 * c.hidden_size * c.intermediate_size)
+        self.position_bytes = item * 2 * c.hidden_size                    # one block's keys and values of one position
         self.unembed_cost = full_cost(model) - L
         self.body_costs = [head.cost() - self.unembed_cost for head in own]
         self.heads = [model.twin(h) for h in own] if isinstance(model, Fused) else own
@@ -321,24 +326,23 @@ class Frontier:
         self.head_caches = [head.new_cache(1, capacity) for head in self.heads]
         self.unread = [None] * len(self.heads)                            # rows that a block head has yet to read
         self.reached = [0] * len(self.bounds)
-        self.queue = [None] * len(self.bounds)
+        self.queue = [[] for _ in self.bounds]
 
     def push(self, tokens):
         """New positions arrive at depth 0."""
-        x = self.model.embed(torch.tensor([tokens], device=self.cache.kv.device))     # (1, n, D)
-        self.queue[0] = x if self.queue[0] is None else torch.cat((self.queue[0], x), 1)
+        self.queue[0].append(self.model.embed(torch.tensor([tokens], device=self.cache.kv.device)))   # (1, n, D)
         self.reached[0] += len(tokens)
 
     def advance(self, s):
         """All positions waiting at bounds[s] go on to bounds[s + 1], in one batch; returns how many."""
-        x, self.queue[s] = self.queue[s], None
-        if x is None:
+        rows, self.queue[s] = self.queue[s], []
+        if not rows:
             return 0
         start, stop = self.bounds[s], self.bounds[s + 1]
-        x = self.model.run(x, start, stop, self.cache)
+        x = self.model.run(rows[0] if len(rows) == 1 else torch.cat(rows, 1), start, stop, self.cache)
         self.stats.blocks += x.shape[1] * (stop - start)
-        waiting = self.queue[s + 1]
-        self.queue[s + 1] = x if waiting is None else torch.cat((waiting, x), 1)
+        self.stats.bytes += (stop - start) * (self.block_bytes + self.reached[s] * self.position_bytes)
+        self.queue[s + 1].append(x)
         self.reached[s + 1] = self.reached[s]
         if s < len(self.heads) and self.head_caches[s]:
             self.unread[s] = x if self.unread[s] is None else torch.cat((self.unread[s], x), 1)
@@ -346,28 +350,33 @@ class Frontier:
 
     def ask(self, s, rows=1):
         """Logits (rows, V) of the head at bounds[s + 1] for the newest rows that arrived there."""
-        x = self.read(s) if self.head_caches[s] else self.heads[s].body(self.queue[s + 1][:, -rows:])
+        x = self.read(s) if self.head_caches[s] else self.heads[s].body(self.queue[s + 1][-1][:, -rows:])
         if not self.head_caches[s]:
             self.stats.extra_cost += rows * self.body_costs[s]
-        self.stats.extra_cost += rows * self.unembed_cost
+            self.stats.bytes += self.body_costs[s] * self.block_bytes
+        self.unembedded(rows)
         return self.heads[s].output(x[:, -rows:])[0]
 
     def read(self, s):
         """A block head takes in the rows that it has yet to read, and keeps their keys and values."""
         x, self.unread[s] = self.unread[s], None
         self.stats.extra_cost += x.shape[1] * self.body_costs[s]
+        self.stats.bytes += self.body_costs[s] * self.block_bytes + self.reached[s + 1] * self.position_bytes
         return self.heads[s].body(x, self.head_caches[s])
+
+    def unembedded(self, rows):
+        self.stats.extra_cost += rows * self.unembed_cost
+        self.stats.bytes += self.unembed_cost * self.block_bytes
 
     def take(self):
         """The rows that have reached depth L since the last call."""
-        x, self.queue[-1] = self.queue[-1], None
-        return x
+        return self.queue[-1].pop()
 
     def cut(self, n):
         """Forget every position from n on, wherever it waits."""
-        for s, x in enumerate(self.queue[:-1]):                           # the last queue is empty: all were taken
+        for s, rows in enumerate(self.queue[:-1]):                        # the last queue is empty: all were taken
             keep = min(self.reached[s], n) - self.reached[s + 1]
-            self.queue[s] = x[:, :keep] if x is not None and keep > 0 else None
+            self.queue[s] = [torch.cat(rows, 1)[:, :keep]] if rows and keep > 0 else []
         for s, cache in enumerate(self.head_caches):
             if cache:
                 if self.unread[s] is not None:
@@ -381,14 +390,15 @@ class Frontier:
 
     def copy_state(self, s):
         """CALM's shortcut: the deeper blocks take keys and values of the position waiting at bounds[s] from there."""
-        x, self.queue[s] = self.queue[s], None
+        x = self.queue[s].pop()
         for block in range(self.bounds[s], self.bounds[-1]):
             self.model.keys_values(x, block, self.cache)
         for m in range(s, len(self.heads)):                               # deeper block heads read it from there, too
             if self.head_caches[m]:
                 self.unread[m] = x if self.unread[m] is None else torch.cat((self.unread[m], x), 1)
         self.reached[s + 1:] = [self.reached[s]] * (len(self.bounds) - s - 1)
-        self.stats.extra_cost += (self.bounds[-1] - self.bounds[s]) / 6   # 2 of a block's 12 D x D products
+        sixths = (self.bounds[-1] - self.bounds[s]) / 6                   # 2 of a block's 12 D x D products
+        self.stats.extra_cost, self.stats.bytes = self.stats.extra_cost + sixths, self.stats.bytes + sixths * self.block_bytes
 
 
 # ---------------------------------------------------------------- decoding
@@ -437,6 +447,14 @@ def verify_drafts(logits, pending, temperature, top_p, generator):
     return len(pending), draw(p[len(pending)], generator) if len(p) > len(pending) else None
 
 
+def answers_of(logits, threshold):
+    """A head's uncertainties and choices [[..], [..]] for logits (rows, V), with one synchronisation."""
+    choice = logits.argmax(-1)
+    if threshold == float("inf"):                                         # LayerSkip's head is never uncertain
+        return [[0.0] * len(choice), choice.tolist()]
+    return torch.stack((entropy(logits), choice.float())).tolist()
+
+
 class Decoder:
     """One generation: the loop that all policies share. Iterating yields (token, depth that produced it)."""
 
@@ -452,7 +470,7 @@ class Decoder:
     def prefill(self):
         """The whole prompt to full depth; the full model's first token."""
         begin, f, L = time.perf_counter(), self.frontier, self.model.config.num_hidden_layers
-        before = self.stats.blocks, self.stats.extra_cost                 # the prompt counts in seconds only
+        before = self.stats.blocks, self.stats.extra_cost, self.stats.bytes   # the prompt counts in seconds only
         f.push(self.ids)
         for s in range(len(f.bounds) - 1):
             f.advance(s)
@@ -460,7 +478,7 @@ class Decoder:
         for s, cache in enumerate(f.head_caches):
             if cache:
                 f.read(s)
-        self.stats.blocks, self.stats.extra_cost = before
+        self.stats.blocks, self.stats.extra_cost, self.stats.bytes = before
         self.stats.prefills += 1
         self.stats.prefill_seconds += time.perf_counter() - begin
         return token
@@ -477,7 +495,7 @@ class Decoder:
             if deep and not vetoing:
                 continue
             logits = f.ask(s, fresh if vetoing else 1)                    # (rows, V)
-            answers = torch.stack((entropy(logits), logits.argmax(-1).float())).tolist()   # one synchronisation
+            answers = answers_of(logits, threshold)
             if vetoing:                                                   # row i predicts the draft `first + i`
                 first = f.reached[s + 1] - fresh - f.reached[-1]
                 for i, (uncertainty, guess) in enumerate(zip(*answers), start=first):
@@ -499,7 +517,7 @@ class Decoder:
         verified = f.reached[-1]                                          # positions at full depth so far
         f.advance(len(f.bounds) - 2)
         rows = f.take() if self.policy.verify else f.take()[:, -1:]       # (1, n, D)
-        stats.extra_cost += rows.shape[1] * f.unembed_cost
+        f.unembedded(rows.shape[1])
         kept, token = verify_drafts(model.unembed(rows)[0], self.pending, self.temperature, self.top_p, self.generator)
         if kept < len(self.pending):
             f.cut(verified + kept + 1)
@@ -608,43 +626,50 @@ def record(model, heads, prompts, max_new_tokens, temperature=0.0, top_p=1.0, se
 def measure(model, heads, max_rows, repeats=20):
     """Milliseconds on this machine: {"block": [.. by rows], "full": [.. by rows], "head": [.. by exit]}.
 
-    block: one block for n = 1 .. max_rows rows at a cache of 128 positions; full: embedding, unembedding and choice
-    for n rows; head: one head for one row, with its entropy and the synchronisation. Medians.
+    block: one block for n = 1 .. max_rows rows at a cache of 128 positions; full: what else a pass of n rows to full
+    depth costs (embedding, unembedding, choice, bookkeeping); head: what else a draft costs. Medians.
     """
-    L, device = model.config.num_hidden_layers, model.embed_in.weight.device
-    seed_ids = torch.zeros(1, 128, dtype=torch.long, device=device)
-    cache = model.new_cache(1, 128 + max_rows)
-    model.run(model.embed(seed_ids), 0, L, cache)
+    M, L = len(heads.layers), model.config.num_hidden_layers
 
-    def clock(f):
+    def ready(thresholds):
+        """A frontier with 128 positions at full depth."""
+        f = Frontier(model, Policy("", heads, thresholds), 128 + max_rows, Stats())
+        f.push([0] * 128)
+        for s in range(len(f.bounds) - 1):
+            f.advance(s)
+        f.take()
+        for s, cache in enumerate(f.head_caches):
+            if cache:
+                f.read(s)
+        return f
+
+    def clock(step, f):
         times = []
-        for _ in range(repeats):
+        for _ in range(repeats + 3):                                      # the first three warm up
             begin = time.perf_counter()
-            f()
+            step()
             times.append(time.perf_counter() - begin)
-        return 1000 * sorted(times)[repeats // 2]
+            f.cut(128)
+        return 1000 * sorted(times[3:])[repeats // 2]
 
-    cost = {"block": [], "full": [], "head": []}
+    cost, f = {"block": [], "full": [], "head": []}, ready([None] * M)
     for n in range(1, max_rows + 1):
-        x = model.embed(seed_ids[:, :n])
+        x = model.embed(torch.zeros(1, n, dtype=torch.long, device=f.cache.kv.device))
 
-        def blocks():
-            cache.truncate(128)
-            return model.run(x, 0, L, cache)[0, 0, 0].item()
-        cost["block"].append(clock(blocks) / L)
-        cost["full"].append(clock(lambda: model.unembed(model.embed(seed_ids[:, :n]))[0].argmax(-1).tolist()))
-    for head in heads.heads:
-        head, row = model.twin(head) if isinstance(model, Fused) else head, model.embed(seed_ids[:, :1])
-        own = head.new_cache(1, 128 + max_rows)
-        if own:
-            head.body(model.embed(seed_ids), own)
+        def whole():
+            f.push([0] * n)
+            f.advance(0)
+            model.unembed(f.take())[0].argmax(-1).tolist()
+        cost["block"].append(clock(lambda: model.run(x, 0, L, f.cache)[0, 0, 0].item(), f) / L)
+        cost["full"].append(max(0.0, clock(whole, f) - L * cost["block"][-1]))
+    for m, layer in enumerate(heads.layers):
+        f = ready([1.0 if i == m else None for i in range(M)])
 
-        def ask():
-            if own:
-                own.truncate(128)
-            z = head.output(head.body(row, own))[0]
-            return torch.stack((entropy(z), z.argmax(-1).float())).tolist()
-        cost["head"].append(clock(ask))
+        def draft():
+            f.push([0])
+            f.advance(0)
+            answers_of(f.ask(0), 1.0)
+        cost["head"].append(max(0.0, clock(draft, f) - layer * cost["block"][0]))
     return cost
 
 
@@ -683,41 +708,52 @@ def replay(layers, L, exits, good, max_draft, cost):
 
 
 def tune(model, heads, uncertainty, kept, cost, max_drafts=(1, 2, 3, 4, 5, 6, 8, 10, 12, 16), seed=0):
-    """The automatic level: (thresholds, max_draft, expected ms per token) of the fastest DSSD on recorded tokens.
+    """The automatic level: DSSD's settings on recorded tokens, fastest first: [(expected ms per token, thresholds, max_draft)].
 
     Tries every head alone and every pair of heads, one level of agreement for both (thresholds by calibration on the
-    record itself) or no condition at all, and every draft cap, under the measured cost model. (None, .., ) if plain
-    decoding is expected to be faster.
+    record itself) or no condition at all, and every draft cap, under the measured cost model; the fastest level of each
+    choice of heads and cap is kept. Plain decoding, all thresholds None, is among them.
     """
     M, L = len(heads.layers), model.config.num_hidden_layers
     good = np.random.default_rng(seed).random(kept.shape) < kept          # (N, M), kept or not
-    best = [None] * M, 1, L * cost["block"][0] + cost["full"][0]
+    found = {None: (L * cost["block"][0] + cost["full"][0], [None] * M, 1)}
     levels = {m: [calibrate(uncertainty[:, m], good[:, m], level) for level in (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4)]
               + [float("inf")] for m in range(M)}
     for chosen in [c for n in (1, 2) for c in itertools.combinations(range(M), n)]:
         for i in range(len(levels[0])):
             thresholds = [levels[m][i] if m in chosen else None for m in range(M)]
-            used = [m for m in chosen if thresholds[m] is not None]
-            if len(used) < len(chosen):
+            if any(thresholds[m] is None for m in chosen):
                 continue
-            certain = np.stack([is_certain(uncertainty[:, m], thresholds[m]) for m in used], 1)   # (N, used)
+            certain = np.stack([is_certain(uncertainty[:, m], thresholds[m]) for m in chosen], 1)   # (N, 1 or 2)
             first = certain.argmax(1)
-            exits = [used[f] if any_ else None for f, any_ in zip(first, certain.any(1))]
-            hit = good[np.arange(len(good)), [used[f] for f in first]].tolist()
+            exits = [chosen[f] if any_ else None for f, any_ in zip(first, certain.any(1))]
+            hit = good[np.arange(len(good)), [chosen[f] for f in first]].tolist()
             for cap in max_drafts:
-                ms = replay({m: heads.layers[m] for m in used}, L, exits, hit, cap, cost)
-                if ms < best[2]:
-                    best = thresholds, cap, ms
-    return best
+                ms = replay({m: heads.layers[m] for m in chosen}, L, exits, hit, cap, cost)
+                if (chosen, cap) not in found or ms < found[chosen, cap][0]:
+                    found[chosen, cap] = ms, thresholds, cap
+    return sorted(found.values(), key=lambda setting: setting[0])
 
 
 def automatic(model, heads, prompts, max_new_tokens=96, temperature=0.0, top_p=1.0):
-    """A DSSD policy tuned on the model's own continuations of `prompts` (lists of ids) on this machine."""
+    """A DSSD policy tuned on the model's own continuations of `prompts` (lists of ids) on this machine.
+
+    The five settings that `tune` expects to be fastest race plain decoding on the first four prompts, once.
+    """
     uncertainty, kept = record(model, heads, prompts, max_new_tokens, temperature, top_p)
-    thresholds, cap, _ = tune(model, heads, uncertainty, kept, measure(fast(model), heads, 17))
-    print("automatic level: " + (", ".join(f"exit {n} below {t:.2f} nats" for n, t in zip(heads.layers, thresholds)
-                                           if t is not None) or "no head") + f", at most {cap} drafts", flush=True)
-    return DSSD(heads, thresholds, cap)
+    decoder = fast(model)
+    found = tune(model, heads, uncertainty, kept, measure(decoder, heads, 17))
+    entrants = [DSSD(heads, thresholds, cap) for _, thresholds, cap in found[:5]] + [DSSD(heads, [None] * len(heads.layers), 1)]
+    for i, policy in enumerate(entrants):
+        policy.name = f"{i}"
+    runs = run_in_turn(decoder, entrants, prompts[:4], max_new_tokens, temperature, top_p, repeats=1)
+    winner = min(entrants, key=lambda policy: runs[policy.name][0][0].ms_per_token)
+    said = [f"exit {n} below {t:.2f} nats" if t < float("inf") else f"exit {n} always"
+            for n, t in zip(heads.layers, winner.thresholds) if t is not None]
+    print("automatic level: " + (", ".join(said) + f", at most {winner.max_draft} drafts" if said else
+                                 "plain decoding is the fastest here"), flush=True)
+    winner.name = "DSSD"
+    return winner
 
 
 def first_gaps(model, prompts, texts, others):
@@ -789,6 +825,21 @@ def ratio(a, b):
     return f"{a / b:.2f}" if b and a == a and b == b else "-"   # a policy that never drafts has no acceptance
 
 
+def beside_grid(name, mine, grid):
+    """Sentences on a DSSD's Stats beside LayerSkip's grid {name: Stats}: best-tuned and mean."""
+    mean = {k: sum(getattr(s, k) for s in grid.values()) / len(grid) for k in ("acceptance", "wasted", "tokens_per_second")}
+    fastest = min(grid, key=lambda n: grid[n].ms_per_token)
+    most = max(grid, key=lambda n: grid[n].acceptance)
+    return (f"{name} beside LayerSkip's grid of {len(grid)} (fastest: {fastest}; highest acceptance: {most}):\n"
+            f"  acceptance {mine.acceptance:.2f}: {ratio(mine.acceptance, mean['acceptance'])} x the grid's mean, "
+            f"{ratio(mine.acceptance, grid[fastest].acceptance)} x the fastest's, "
+            f"{ratio(mine.acceptance, grid[most].acceptance)} x the highest\n"
+            f"  wasted {mine.wasted} tokens; the grid's mean wastes {ratio(mean['wasted'], mine.wasted)} x as many, the fastest "
+            f"{ratio(grid[fastest].wasted, mine.wasted)} x\n"
+            f"  speed {ratio(mine.tokens_per_second, mean['tokens_per_second'])} x the grid's mean, "
+            f"{ratio(mine.tokens_per_second, grid[fastest].tokens_per_second)} x the fastest's")
+
+
 def held_out_prompts(folder, n, length=64, split="test"):
     """n prompts of `length` tokens from the standard library's held-out files, as lists of ids."""
     found = toy_windows(split, n * 512, 512, folder)[:n, :length].tolist()
@@ -853,24 +904,16 @@ def main():
     early = EarlyExit(heads, heads.thresholds(level or 0.9))
     prompts = held_out_prompts(folder, args.prompts)
     runs = run_in_turn(decoder, [Plain(), early, dssd, *grid], prompts, args.max_new_tokens, repeats=1, **options)
-    results = {name: (r[0][0], sum(a == b for a, b in zip(r[0][1], runs["Plain"][0][1])) / len(prompts)) for name, r in runs.items()}
-    plain_ms = results["Plain"][0].ms_per_token
-    names = [p.name for p in grid]
-    fastest = min(names, key=lambda n: results[n][0].ms_per_token)
+    stats = {name: r[0][0] for name, r in runs.items()}
+    fastest = min((p.name for p in grid), key=lambda n: stats[n].ms_per_token)
     print(f"\n{args.prompts} held-out prompts x {args.max_new_tokens} tokens; {torch.get_num_threads()} threads, "
           f"{model.embed_in.weight.dtype}; cost in block-equivalents per token")
     print(f"{HEADER[0]:<22}" + "".join(f"{h:>10}" for h in HEADER[1:]))
     for name in ("Plain", "EarlyExit", fastest, "DSSD"):
-        stats, same = results[name]
-        print(row_of(name + (" (best)" if name == fastest else ""), stats, plain_ms, f"{same:.0%}"))
-    mean = [sum(values) / len(names) for values in zip(*((results[n][0].acceptance, results[n][0].wasted,
-            plain_ms / results[n][0].ms_per_token) for n in names))]
-    top = max(results[n][0].acceptance for n in names)
-    mine = results["DSSD"][0]
-    print(f"LayerSkip's grid of {len(names)}: mean acceptance {mean[0]:.2f}, wasted {mean[1]:.0f}, {mean[2]:.2f} x Plain; "
-          f"best acceptance {top:.2f}")
-    print(f"DSSD's acceptance is {ratio(mine.acceptance, mean[0])} x the grid's mean and {ratio(mine.acceptance, top)} x its best; "
-          f"it wastes {mine.wasted} tokens, the grid's mean {mean[1]:.0f} and its fastest {results[fastest][0].wasted}")
+        same = sum(a == b for a, b in zip(runs[name][0][1], runs["Plain"][0][1])) / len(prompts)
+        print(row_of(name + (" (best)" if name == fastest else ""), stats[name], stats["Plain"].ms_per_token, f"{same:.0%}"))
+    mine = stats["DSSD"]
+    print(beside_grid("DSSD", mine, {p.name: stats[p.name] for p in grid}))
     print("exits of DSSD's tokens: " + ", ".join(f"{n / mine.emitted:.0%} at depth {d}" for d, n in sorted(mine.exits.items()))
           + "; draft lengths: " + ", ".join(f"{k}: {n}" for k, n in sorted(mine.draft_lengths.items())))
 

@@ -25,7 +25,6 @@ The kinds besides linear, the logit-lens start and the mixing of written text ar
 import argparse
 import hashlib
 import json
-import os
 import sysconfig
 from pathlib import Path
 
@@ -35,7 +34,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from model import TOY, Block, InputError, KVCache, Pythia, Tokenizer, command_line
+from model import TOY, Block, InputError, KVCache, Pythia, Tokenizer, command_line, written_whole
 
 KINDS = ("linear", "mlp", "tied", "lowrank", "block")
 
@@ -229,10 +228,8 @@ class ExitHeads(nn.Module):
         info = {"kind": self.kind, "layers": self.layers, "calibration": self.calibration,
                 "backbone": fingerprint(self.backbone[0])}
         tensors = {name: p.detach().half().contiguous() for name, p in self.named_parameters()}
-        temporary = f"{path}.tmp"
-        save_file(tensors, temporary, metadata={"nanoexit": json.dumps(info)})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            save_file(tensors, temporary, metadata={"nanoexit": json.dumps(info)})
 
     @classmethod
     def load(cls, path, model):

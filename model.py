@@ -35,6 +35,7 @@ import time
 import unicodedata
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,6 +61,15 @@ def command_line(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@contextmanager
+def written_whole(path):
+    """Gives a temporary path to write to, and renames it to `path` at the end: a killed run leaves the old file whole."""
+    temporary = Path(f"{path}.tmp")
+    yield temporary
+    os.chmod(temporary, 0o644)                                            # safetensors leaves its files private
+    os.replace(temporary, path)
 
 
 # ---------------------------------------------------------------- the architecture

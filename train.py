@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from confidence import calibrate, entropy, is_certain
 from heads import (KINDS, ExitHeads, check_layers, distill_loss, full_cost, hard, kl, self_text, split_of,
                    stdlib_documents, tokens_of, topk_kl)
-from model import TOY, InputError, Pythia, PythiaConfig, Tokenizer, byte_letters, command_line, locate, official_name
+from model import TOY, InputError, Pythia, PythiaConfig, Tokenizer, byte_letters, command_line, locate, official_name, written_whole
 
 LEVELS = [round(0.50 + 0.01 * i, 2) for i in range(50)]                   # 0.50 .. 0.99, kept in the heads file
 SHOWN = (0.80, 0.90, 0.95, 0.98)
@@ -122,7 +122,7 @@ class Progress:
             return
         self.shown = now
         rate = done / (now - self.begin)
-        line = f"{text}  {rate:,.0f} {self.unit}/s  {(self.total - done) / rate:.0f} s left"
+        line = f"{text}  {rate:,.{0 if rate > 100 else 2}f} {self.unit}/s  {(self.total - done) / rate:.0f} s left"
         print(f"\r\033[K{line}" if tty else line, end="" if tty and done < self.total else "\n", flush=True)
 
 
@@ -165,8 +165,7 @@ def teacher_and_heads(model, heads, ids, loss):
 def train_heads(model, heads, batches, steps, lr, loss, metrics):
     """AdamW with warm-up and cosine decay to 0. Returns the steps done; Ctrl-C ends training early, not the run."""
     optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, weight_decay=0.0)
-    tokens, smooth, spent = next(batches).numel(), None, [0.0, 0.0]
-    progress, step = Progress(steps * tokens), 0
+    smooth, spent, progress, step = None, [0.0, 0.0], Progress(steps, "steps"), 0
     try:
         for step in range(1, steps + 1):
             for group in optimizer.param_groups:
@@ -177,7 +176,7 @@ def train_heads(model, heads, batches, steps, lr, loss, metrics):
             spent = [spent[0] + teacher, spent[1] + students]
             smooth = losses if smooth is None else 0.95 * smooth + 0.05 * losses
             metrics.append({"step": step, "loss_nats": [round(x, 5) for x in losses.tolist()]})
-            progress.show(step * tokens, f"step {step:,}/{steps:,}  loss {smooth.mean():.3f} nats/token")
+            progress.show(step, f"step {step:,}/{steps:,}  loss {smooth.mean():.3f} nats/token")
     except KeyboardInterrupt:
         print(f"\ninterrupted after {step - 1:,} steps: calibrating what was trained (Ctrl-C again to stop without)")
     print(f"the frozen model's blocks took {spent[0] / max(sum(spent), 1e-9):.0%} of the training time, "
@@ -299,6 +298,9 @@ def run_heads(args):
     begin = time.perf_counter()
     train_heads(model, heads, batches(), args.steps, args.lr, LOSSES[args.loss], metrics)
     heads.eval()
+    with torch.no_grad():
+        for p in heads.parameters():                                      # calibrate what the file will hold: F16
+            p.copy_(p.half())
     try:
         cut = {s: splits[s][:len(splits[s]) // (length + 1) * (length + 1)].view(-1, length + 1)
                for s in ("calibration", "test")}
@@ -504,14 +506,11 @@ def save_model(folder, model, tokenizer_spec):
     texts = {"config.json": json.dumps({**model.config.to_dict(), "torch_dtype": "float16"}, indent=2) + "\n",
              "tokenizer.json": json.dumps(tokenizer_spec, ensure_ascii=False, indent=0)}
     for name, text in texts.items():
-        temporary = Path(folder) / (name + ".tmp")
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, Path(folder) / name)
+        with written_whole(Path(folder) / name) as temporary:
+            temporary.write_text(text, "utf-8")
     tensors = {official_name(name): p.detach().half().contiguous() for name, p in model.named_parameters()}
-    temporary = Path(folder) / "model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, Path(folder) / "model.safetensors")
+    with written_whole(Path(folder) / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def layer_list(text):

@@ -85,13 +85,17 @@ def test_lossless_on_the_toy(toy):
     heads = [ExitHeads.load(TOY / f"heads{kind}.safetensors", toy) for kind in ("", "-fast")]
     total = Stats()
     for i, ids in enumerate(prompts):
-        ids = ids[:rnd.choice((1, 8, 64))] if i < 45 else (ids * 32)[:2048 - rnd.choice((0, 40, 127))]
+        ids = ids[:rnd.choice((1, 8, 64))] if i < 47 else (ids * 32)[:2048 - rnd.choice((0, 40, 127))]
         plain = generate(decoder, ids, 128, Plain())
+        assert len(plain.tokens) == min(128, 2048 - len(ids) + 1)
         chosen = heads[i % 2]
+        stop = rnd.choice(plain.tokens) if i % 7 == 0 else None           # it then ends the text, often within a draft
         policy = DSSD(chosen, random_thresholds(rnd, len(chosen.layers)), rnd.randint(1, 16), veto=i % 3 == 0)
-        out = generate(decoder, ids, 128, policy, stats=Stats())
-        assert out.tokens == plain.tokens, (i, policy.thresholds)
-        assert len(out.tokens) == min(128, 2048 - len(ids) + 1)
+        if i % 5 == 4:
+            policy = LayerSkip(chosen, rnd.choice(chosen.layers), rnd.randint(1, 16))
+        out = generate(decoder, ids, 128, policy, stop=stop, stats=Stats())
+        wanted = plain.tokens[:plain.tokens.index(stop) + 1] if stop is not None else plain.tokens
+        assert out.tokens == wanted, (i, policy.thresholds)
         assert out.stats.blocks == (out.stats.emitted - 1) * 16 + out.stats.redone
         total += out.stats
     assert total.accepted > 100                                           # the drafts were not all idle
@@ -294,10 +298,23 @@ def test_tune_prefers_what_is_cheap(toy):
     model = tiny()
     heads = ExitHeads(model, [1, 2])
     cheap = {"block": [1.0] * 17, "full": [0.5] * 17, "head": [0.01, 0.01]}
-    thresholds, cap, ms = D.tune(model, heads, u, kept, cheap)
-    assert any(t is not None for t in thresholds) and ms < 4.5
+    found = D.tune(model, heads, u, kept, cheap)
+    ms, thresholds, cap = found[0]
+    assert any(t is not None for t in thresholds) and ms < 4.5 and found == sorted(found, key=lambda f: f[0])
     dear = {**cheap, "head": [50.0, 50.0]}
-    assert D.tune(model, heads, u, kept, dear)[0] == [None, None]         # plain decoding is then the fastest
+    assert D.tune(model, heads, u, kept, dear)[0] == (4.5, [None, None], 1)   # plain decoding is then the fastest
+
+
+def test_automatic_is_lossless_and_measures_this_machine(toy, capsys):
+    heads = ExitHeads.load(TOY / "heads-fast.safetensors", toy)
+    prompts = held_out_prompts(TOY, 2, split="calibration")
+    policy = D.automatic(toy, heads, prompts, 24)
+    assert "automatic level: " in capsys.readouterr().out and policy.name == "DSSD"
+    for ids in held_out_prompts(TOY, 2):
+        assert generate(fast(toy), ids, 24, policy).tokens == generate(fast(toy), ids, 24, Plain()).tokens
+    cost = D.measure(fast(toy), heads, 3, repeats=3)
+    assert {k: len(v) for k, v in cost.items()} == {"block": 3, "full": 3, "head": len(heads.layers)}
+    assert min(cost["block"]) > 0 and min(cost["full"] + cost["head"]) >= 0
 
 
 # ---------------------------------------------------------------- bad input, command line
@@ -316,6 +333,19 @@ def test_bad_requests():
                  lambda: EarlyExit(heads, [1] * 3, "guess")):
         with pytest.raises(InputError):
             make()
+
+
+def test_the_stream_is_coloured_on_a_terminal_only(toy_tokenizer, monkeypatch, capsys):
+    pairs = [(toy_tokenizer.encode("def")[0], 4), (toy_tokenizer.encode("\u00e9")[0], 16), (toy_tokenizer.end, 16)]
+    monkeypatch.setattr(D.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert D.show_stream(toy_tokenizer, pairs, 16) == pairs
+    coloured = capsys.readouterr().out
+    assert f"\033[38;5;{D.colour(4, 16)[1]}mdef" in coloured and f"\033[38;5;{D.colour(16, 16)[1]}m16 of 16 blocks 67%" in coloured
+    monkeypatch.setenv("NO_COLOR", "1")
+    D.show_stream(toy_tokenizer, pairs, 16)
+    assert "\033" not in capsys.readouterr().out
+    assert len({D.colour(d, 16) for d in (2, 6, 10)}) == 3
 
 
 def test_command_line(tmp_path):
