@@ -24,7 +24,8 @@ The weights' closed form and the conditional quantiles are our reconstruction fr
 summaries, not a transcription.
 
     python eero.py                        multi-exit ResNet-18 on generated shapes; half a minute on two cores
-    python eero.py --tokens               the same class on the exits of the language model in toy/
+    python eero.py --tokens               the same class on the exits of the language model in toy/, and text
+                                          written under a budget
     python eero.py --data DIR --width 64  CIFAR-10/100 (binary layout) or a folder of images by class
 Expect a table of accuracy against budget, every realised budget beside its target, and a figure.
 
@@ -731,6 +732,43 @@ def tokens(args):
     scores = report(runs, "wrong", cost, budgets, unit, "agreement with the full model")
     report(runs, "wrong_next", cost, budgets, unit, "accuracy on the true next token, same exits")
     draw(args.figure, runs, scores, cost, budgets, unit, "agreement with the full model")
+    generate_under_budget(model, heads, cost, args.beta, args.seed)
+
+
+def generate_under_budget(model, heads, cost, beta, seed, prompts=24, new=64, prefix=32):
+    """Text written by dssd.EarlyExit with EERO's thresholds: the cost asked for beside the cost of what was written.
+
+    Calibrated on the full model's own greedy continuations, since a decoder meets its own text and not a corpus. Text
+    written with exits is yet another and leaves later, so the budget given to EERO is corrected three times by the gap
+    found on calibration prompts; the test prompts are written once.
+    """
+    from dssd import EarlyExit, Plain, fast, generate
+    from heads import self_text, toy_windows
+    texts = self_text(model, toy_windows("calibration", 64 * 512, 512)[:, :prefix], prefix + 128, (0.0,), seed)
+    sample = {k: v.reshape(len(texts), -1, v.shape[-1])[:, prefix - 1:].reshape(-1, v.shape[-1])     # not the prefixes
+              for k, v in evaluate_tokens(model, heads, texts).items()}
+    practice, starts = (toy_windows(split, prompts * 512, 512)[:prompts, :prefix].tolist() for split in ("calibration", "test"))
+    decoder = fast(model)
+    plain = [generate(decoder, ids, new, Plain()).tokens for ids in starts]
+
+    def write(asked, prompts):
+        """Texts, the depths of their tokens, and the mean cost, under the budget `asked` of EERO."""
+        thresholds = EERO.fit(sample["uncertainty"], sample["wrong"], cost, asked, beta, seed).thresholds
+        written = [generate(decoder, ids, new, EarlyExit(heads, thresholds, fill="copy")) for ids in prompts]
+        depths = np.concatenate([w.depths[1:] for w in written])          # the prefill gives the first token
+        return written, depths, np.asarray(cost)[np.searchsorted(heads.layers, depths)].mean()
+
+    print(f"\nwriting under a budget, calibrated on {len(sample['wrong']):,} greedy tokens of the full model; {len(starts)} "
+          f"test prompts x {new} new tokens, mean cost in block-equivalents; the last column adds the copied keys and values")
+    print(" budget  realised, uncorrected  realised, corrected  same token as the full model's text  with copies")
+    for budget in np.linspace(cost[0], cost[-1], 5)[1:4]:
+        asked = budget
+        for _ in range(3):
+            asked = np.clip(asked + budget - write(asked, practice)[2], cost[0], cost[-1])
+        written, depths, realised = write(asked, starts)
+        same = np.mean([a == b for w, p in zip(written, plain) for a, b in zip(w.tokens, p)])
+        print(f"{budget:7.2f} {write(budget, starts)[2]:22.2f} {realised:20.2f} {same:36.1%} "
+              f"{realised + (model.config.num_hidden_layers - depths).mean() / 6:12.2f}")
 
 
 def main():

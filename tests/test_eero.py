@@ -597,3 +597,9 @@ def test_tokens_on_the_toy(tmp_path):
     worst = next(line for line in out.stdout.splitlines() if line.startswith("  EERO "))
     assert abs(float(worst.split()[1])) < 1.0                             # % of the full cost, on held-out text
     assert "accuracy on the true next token" in out.stdout and (tmp_path / "eero.png").exists()
+    lines = out.stdout.splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith(" budget  realised, uncorrected"))
+    rows = [[float(cell.rstrip("%")) for cell in line.split()] for line in lines[begin + 1:begin + 4]]
+    assert all(abs(corrected - budget) < 0.1 * budget for budget, _, corrected, _, _ in rows)
+    gap = [sum(abs(row[c] - row[0]) for row in rows) for c in (1, 2)]
+    assert gap[1] < gap[0]                                                # the correction helps
