@@ -405,6 +405,10 @@ def main():
         parts[title], texts[title], tuned[title] = compare(model, heads, folder, prompts, args, bytes_per_second, temperature)
     record = {"machine": machine, "gigabytes_per_second": bytes_per_second / 1e9, "options": {**vars(args), "model": str(args.model)},
               "cost_ms": cost, "row_dependence": difference, **parts}
+    if args.device == "cuda":
+        print(f"\nwith CUDA graphs, greedy: {len(prompts)} prompts x {args.max_new_tokens} new tokens, {args.repeats} repeats")
+        runs = run_in_turn(fast(model, graphs=True), [Plain(), tuned["greedy"]], prompts, args.max_new_tokens, repeats=args.repeats)
+        record["graphs"], _ = table(runs, prompts, bytes_per_second, 0.0)
     if args.peer:
         record["peer"] = beside_peer(folder, prompts, args.max_new_tokens, args.repeats, parts["greedy"]["policies"], texts["greedy"])
     draw(Path(args.figures) / "bench.png", cost, parts)

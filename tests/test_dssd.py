@@ -9,9 +9,9 @@ import torch
 
 import dssd as D
 from conftest import TOY, assert_refused, run, tiny
-from dssd import DSSD, EarlyExit, Fused, LayerSkip, Plain, Stats, fast, generate, held_out_prompts
+from dssd import DSSD, EarlyExit, LayerSkip, Plain, Stats, fast, generate, held_out_prompts
 from heads import KINDS, ExitHeads
-from model import InputError, sample
+from model import InputError, Pythia, sample
 from test_heads import shaken
 
 
@@ -24,9 +24,10 @@ def random_thresholds(rnd, n):
 
 @pytest.mark.parametrize("partial", [0.25, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_fused_equals_readable(partial, kind):
+@pytest.mark.parametrize("graphs", [False, True])
+def test_fused_equals_readable(partial, kind, graphs):
     model, rnd = tiny(rotary_pct=partial), random.Random(1)
-    fused, heads = Fused(model), shaken(model, [1, 3], kind)
+    fused, heads = fast(model, graphs), shaken(model, [1, 3], kind)
     ids = torch.randint(0, 96, (1, 60))
     caches, at = (model.new_cache(1, 60), fused.new_cache(1, 60)), 0
     while at < 60:
@@ -39,6 +40,17 @@ def test_fused_equals_readable(partial, kind):
         x = torch.randn(1, 5, 32)
         twin = fused.twin(head)
         assert torch.allclose(head(x, head.new_cache(1, 9)), twin.output(twin.body(x, twin.new_cache(1, 9))), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_on_cuda_equal_eager():
+    model = Pythia.from_pretrained(TOY, "cuda")
+    heads = ExitHeads.load(TOY / "heads-fast.safetensors", model)
+    decoders = fast(model), fast(model, graphs=True)
+    for ids in held_out_prompts(TOY, 4):
+        for policy in (Plain(), DSSD(heads, [1.0] * len(heads.layers)), LayerSkip(heads, heads.layers[0], 3)):
+            eager, graphed = (generate(decoder, ids, 64, policy) for decoder in decoders)
+            assert eager.tokens == graphed.tokens and eager.depths == graphed.depths
 
 
 def test_sequential_models_stay_readable():
@@ -57,12 +69,13 @@ def test_plain_equals_the_reference_loop():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("readable", [True, False])
-def test_lossless_on_random_models(kind, readable):
+@pytest.mark.parametrize("make", [lambda model: model, fast, lambda model: fast(model, graphs=True)],
+                         ids=["readable", "fused", "static shapes"])
+def test_lossless_on_random_models(kind, make):
     rnd = random.Random(2)
     for trial in range(25):
         model = tiny(trial, vocab_size=24)
-        decoder, heads = model if readable else fast(model), shaken(model, kind=kind)
+        decoder, heads = make(model), shaken(model, kind=kind)
         ids = [rnd.randrange(24) for _ in range(rnd.choice((1, 5, 30, 63, 64)))]
         n, stop = rnd.choice((1, 2, 7, 40)), rnd.choice((None, rnd.randrange(24)))
         plain = generate(decoder, ids, n, Plain(), stop=stop)
