@@ -331,6 +331,23 @@ def train_briefly(model, heads_by_kind, ids, steps, batch=8, lr=2e-3):
 
 
 @torch.inference_mode()
+def previous_token_attention(model, ids):
+    """The largest mean attention that a head of each block pays to the previous token, [L], on windows ids (n, T).
+
+    To copy what followed the last time ("induction"), a block needs such a head in an earlier one: a block head can
+    learn it only at or after the depth where this is near 1.
+    """
+    x, found = model.embed(ids), []
+    rope, hidden = model.angles(0, ids.shape[1], x), torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+    for layer in model.layers:
+        q, (k, _) = layer.attention.project(layer.input_layernorm(x), rope)          # (n, H, T, K)
+        weight = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(hidden, float("-inf")).softmax(-1)
+        found.append(weight.diagonal(-1, -2, -1).mean((0, 2)).max().item())
+        x = layer(x, rope)
+    return found
+
+
+@torch.inference_mode()
 def draw_lens(path, model, tokenizer, text):
     """The logit lens: the model's own norm and unembedding at every depth of one line of text, as a PNG."""
     import matplotlib
@@ -383,6 +400,8 @@ def main():
         for layer, head, share in zip(heads.layers, heads.heads, agreement(heads, test)):
             print(f"{name:<30}{head.kind:<9}{layer:>6}{share:>11.1%}{sum(p.numel() for p in head.parameters()):>12,}"
                   f"{head.cost():>26.2f}")
+    print("largest mean attention of a block's heads to the previous token, blocks 1 .. "
+          f"{model.config.num_hidden_layers}: " + ", ".join(f"{a:.2f}" for a in previous_token_attention(model, test[:8])))
     draw_lens(args.figure, model, tokenizer, "def read(self, size=-1):\n    return self.")
     print(f"wrote {args.figure}")
 

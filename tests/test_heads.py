@@ -221,3 +221,17 @@ def test_command_line(tmp_path):
     assert_refused(run("heads.py", "--heads", tmp_path / "none"), "cannot be read as a heads file")
     status, out, errors = run("heads.py", "--tokens", "1024", "--figure", tmp_path / "lens.png")
     assert status == 0 and "block-equivalents" in out and (tmp_path / "lens.png").stat().st_size > 10000, errors
+
+
+def test_previous_token_attention_sees_a_head_made_for_it():
+    model = tiny(rotary_pct=1.0, max_position_embeddings=32)
+    attention = model.layers[2].attention
+    before = H.previous_token_attention(model, torch.randint(0, 96, (2, 32)))
+    assert len(before) == 4 and all(0 < a < 0.9 for a in before)
+    K, angle = 8, 10000 ** (-torch.arange(0, 8, 2) / 8)                    # of one position: q is k turned by it
+    attention.query_key_value.weight[:3 * K].zero_()                      # head 0: q, k and v from the bias alone
+    q, k = attention.query_key_value.bias[:K], attention.query_key_value.bias[K:2 * K]
+    k.fill_(12.0)
+    q[:4], q[4:] = 12 * (angle.cos() + angle.sin()), 12 * (angle.cos() - angle.sin())
+    after = H.previous_token_attention(model, torch.randint(0, 96, (2, 32)))
+    assert after[2] > 0.9 and after[:2] == pytest.approx(before[:2], abs=0.1)
