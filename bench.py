@@ -25,6 +25,8 @@ heads are as good as the toy's, which says nothing about a real model's; and dep
     python bench.py --heads toy/heads.safetensors        the paper's heads
     python bench.py --widen 8 --prompts 4 --max-new-tokens 64 --dtype bfloat16
     python bench.py --peer transformers                  beside another library, where it is installed
+    python bench.py --tasks code                         accuracy against cost: lines of held-out code completed
+    python bench.py --model pythia-410m --heads run/heads.safetensors --tasks lambada,piqa --task-dir DIR
     python bench.py --loss-memory                        what training heads costs in memory, chunked and not
 
 The last line of stdout is one JSON object (also --json FILE). Expect about seven minutes on two CPU cores.
@@ -39,11 +41,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
+from confidence import entropy, is_certain
 from dssd import (DRAFT_LENGTHS, DSSD, HEADER, EarlyExit, LayerSkip, Plain, automatic, beside_grid, fast, first_gaps,
                   held_out_prompts, measure, row_of, run_in_turn)
-from heads import ExitHeads, distill_loss, kl, toy_windows
-from model import TOY, InputError, Pythia, PythiaConfig, command_line, locate, written_whole
+from eero import token_costs
+from heads import ExitHeads, distill_loss, full_cost, kl, toy_windows
+from model import TOY, InputError, Pythia, PythiaConfig, Tokenizer, command_line, locate, written_whole
+from train import Progress
 
 # ---------------------------------------------------------------- the machine
 
@@ -340,6 +346,158 @@ def draw(path, cost, parts):
     plt.close(figure)
 
 
+# ---------------------------------------------------------------- accuracy against cost on tasks
+# Zero-shot, scored as lm-evaluation-harness scores the version-0 tasks of Pythia's published results. At the time it
+# encoded context and continuation apart, later together as encode_pair does; on these files the ids are the same.
+TASKS = {"lambada": ("lambada_openai.jsonl", ("acc", "ppl")), "piqa": ("piqa_valid.jsonl", ("acc", "acc_norm")),
+         "arc_easy": ("arc_easy.jsonl", ("acc", "acc_norm")), "winogrande": ("winogrande_dev.jsonl", ("acc",)),
+         "arc_challenge": ("arc_challenge.jsonl", ("acc", "acc_norm")), "code": (None, ("acc", "token_acc"))}
+
+
+def pairs_of(name, d):
+    """One JSON object of a task's file -> [(context, continuation)] per choice, and the index of the right one."""
+    if name == "lambada":
+        context, word = d["text"].rsplit(" ", 1)
+        return [(context, " " + word)], 0
+    if name == "winogrande":                                              # the choices are in the contexts
+        return [(context, " " + d["continuation"]) for context in d["context_options"]], d["gold"]
+    if name == "piqa":
+        question, choices, gold = d["goal"], (d["sol1"], d["sol2"]), d["label"]
+    else:                                                                 # ARC; its labels are A .. E or 1 .. 5
+        question, choices = d["question"]["stem"], [c["text"] for c in d["question"]["choices"]]
+        gold = [c["label"] for c in d["question"]["choices"]].index(d["answerKey"])
+    return [("Question: " + question + "\nAnswer:", " " + choice) for choice in choices], gold
+
+
+def read_task(name, folder, limit=None):
+    """The first `limit` examples of a task's file, each as pairs_of() gives it. InputError where it cannot be read."""
+    path, labels = Path(folder) / TASKS[name][0], None
+    try:
+        lines = path.read_text("utf-8").rstrip().split("\n")
+        if name == "piqa":                                                # its labels are a file of their own
+            labels = path.with_name("piqa_valid-labels.lst").read_text("utf-8").split()
+            if len(labels) != len(lines):
+                raise ValueError(f"{path} has {len(lines):,} lines, its labels are {len(labels):,}")
+    except (OSError, ValueError) as error:
+        raise InputError(f"task {name}: {error}; --task-dir must be the folder that holds its files") from None
+    examples = []
+    for n, line in enumerate(lines[:limit]):
+        try:
+            d = json.loads(line)
+            pairs, gold = pairs_of(name, {**d, "label": int(labels[n])} if labels else d)
+            if type(gold) is not int or not 0 <= gold < len(pairs) or not all(isinstance(c, str) for c, _ in pairs):
+                raise ValueError(f"no choice {gold!r}, or a context is no text")
+            examples.append((pairs, gold))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}, line {n + 1} is no example of {name} ({error!r}); correct it") from None
+    return examples
+
+
+def encode_pair(tokenizer, context, continuation, max_len):
+    """The last max_len + 1 ids of context and continuation, read as one text, and how many are the continuation's."""
+    before = tokenizer.encode(context.rstrip())                           # white space at its end is scored, too
+    after = tokenizer.encode(context + continuation)[len(before):]
+    if not 0 < len(after) <= max_len:
+        raise InputError(f"{continuation[:40]!r} adds {len(after)} tokens to its context; it must add 1 .. {max_len}")
+    return ((before or [tokenizer.end]) + after)[-max_len - 1:], len(after)   # of nothing follows <|endoftext|>
+
+
+def code_rows(folder, windows):
+    """Held-out windows of 256 tokens of the standard library as rows for score(), and the slices of their lines.
+
+    All tokens but a window's first are scored. A line of two tokens or more is given up to its middle, and completed if
+    each further one, the newline too, is the argmax: given the true tokens, that is what greedy decoding writes.
+    """
+    newline = {i for i, text in Tokenizer.load(folder).bytes.items() if b"\n" in text}
+    rows = [(ids, len(ids) - 1) for ids in toy_windows("test", 256 * windows, 256, folder).tolist()]
+    ends = [[i for i, token in enumerate(ids) if token in newline] for ids, _ in rows]
+    return rows, [[slice((a + b) // 2, b) for a, b in zip(e, e[1:]) if b - a > 2] for e in ends]
+
+
+@torch.inference_mode()
+def score(model, heads, readers, rows, name="rows", batch_tokens=2048):
+    """Log-probability in nats, argmax match (0 or 1) and cost in block-equivalents of scored tokens, (3, R, n) by row.
+
+    rows [(ids, n)]: the last n ids are scored. readers: R lists of thresholds, one or None per exit; a token's logits
+    come from the first certain head, else from the full model. The cost is theirs alone, the depth and the heads
+    consulted: the tokens before have exact keys and values (EarlyExit's fill="exact"), which are not counted.
+    """
+    L, device, exits, own = model.config.num_hidden_layers, model.embed_in.weight.device, heads.layers, heads.heads
+    outputs = [[0 if t is None else head.cost() for head, t in zip(own, r)] + [full_cost(model) - L] for r in readers]
+    costs = [torch.tensor(token_costs([*exits, L], output)) for output in outputs]       # (M + 1,) per reader
+    order, found = sorted(range(len(rows)), key=lambda i: -len(rows[i][0])), {}
+    progress = Progress(len(rows), "sequences")
+    while len(found) < len(rows):
+        T = len(rows[order[len(found)]][0]) - 1                           # inputs of the longest, which comes first
+        part = order[len(found):][:max(1, batch_tokens // T)]
+        ids = pad_sequence([torch.tensor(rows[i][0]) for i in part], batch_first=True).to(device)   # on the right
+        end, n = torch.tensor([(len(rows[i][0]) - 1, rows[i][1]) for i in part], device=device).T[:, :, None]   # (B, 1)
+        place = torch.arange(T, device=device)
+        scored = (place >= end - n) & (place < end)                       # (B, T), before the padding, so blind to it
+        states, target = model.hidden_states(ids[:, :-1], (*exits, L)), ids[:, 1:][scored]   # (B, T, D) each; (S,)
+        seen, read, every = [], [], torch.arange(len(target))
+        for head, h in zip((*own, None), states):                         # logits (S, V) of one head at a time
+            z = head.output(head.body(h)[scored]) if head else model.unembed(h[scored])
+            logprob = z.float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
+            seen.append(torch.stack((logprob, z.argmax(-1) == target, entropy(z))).cpu())
+        seen = torch.stack(seen, 1)                                       # (3, M + 1, S), the full model last
+        for reader, cost in zip(readers, costs):
+            at = torch.stack([*map(is_certain, seen[2], reader), every >= 0]).int().argmax(0)   # (S,) the first certain
+            read.append(torch.stack((*seen[:2, at, every], cost[at])))
+        found.update(zip(part, torch.stack(read, 1).split(n.flatten().tolist(), -1)))
+        progress.show(len(found), f"scoring {name}")
+    return [found[i] for i in range(len(rows))]
+
+
+def accuracies(examples, scores):
+    """Examples [(pairs, gold)] and the scores of all their pairs in order -> {measure: (R,)}.
+
+    acc: the right choice has the largest log-probability; acc_norm: the largest per character, the space in front not
+    counted. An example of one continuation is right if each of its tokens is the argmax. ppl is per continuation.
+    """
+    scores, found = iter(scores), []
+    for pairs, gold in examples:
+        own = [next(scores) for _ in pairs]
+        logprob = torch.stack([s[0].sum(-1) for s in own])                # (choices, R)
+        characters = torch.tensor([len(text) - 1 for _, text in pairs])[:, None]
+        right = logprob.argmax(0) == gold if len(pairs) > 1 else own[0][1].all(-1)
+        found.append(torch.stack((right, (logprob / characters).argmax(0) == gold, logprob[gold])))
+    acc, acc_norm, logprob = torch.stack(found).double().mean(0)
+    return {"acc": acc, "acc_norm": acc_norm, "ppl": (-logprob).exp()}
+
+
+def run_tasks(model, heads, folder, names, task_dir=None, limit=None, levels=(0.80, 0.90, 0.95)):
+    """Print and return accuracy and cost by task and reader; `limit` counts examples, of code windows of 256 tokens."""
+    if unknown := [name for name in names if name not in TASKS]:
+        raise InputError(f"--tasks: unknown {', '.join(map(repr, unknown))}; the tasks are {', '.join(TASKS)}")
+    if limit is not None and limit < 1 or not task_dir and set(names) != {"code"}:
+        raise InputError("--tasks needs the files' folder as --task-dir (not for code), and --task-limit at least 1")
+    tokenizer, max_len, record = Tokenizer.load(folder), model.config.max_position_embeddings, {}
+    files = {name: read_task(name, task_dir, limit) for name in names if name != "code"}   # all, before the long work
+    readers = {"full": [None] * len(heads.layers),
+               **{f"exit {n}": [float("inf") if n == m else None for m in heads.layers] for n in heads.layers},
+               **{f"level {level:.2f}": heads.thresholds(level) for level in levels}}
+    for name in names:
+        rows = [encode_pair(tokenizer, *pair, max_len) for pairs, _ in files.get(name, []) for pair in pairs]
+        spans = [[slice(None)]] * len(rows)                               # one continuation per row; in code, many
+        if name == "code":
+            rows, spans = code_rows(folder, limit or 128)
+        scores = score(model, heads, list(readers.values()), rows, name)
+        parts = [s[..., span] for s, own in zip(scores, spans) for span in own]
+        examples = files.get(name, [([("", " ")], 0)] * len(parts))
+        _, token_acc, cost = torch.cat(scores, -1).double().mean(-1)
+        values = {**accuracies(examples, parts), "token_acc": token_acc, "cost": cost}
+        columns, count = (*TASKS[name][1], "cost"), sum(n for _, n in rows)
+        print(f"{len(examples):,} examples, {count:,} scored tokens; cost per scored token, in block-equivalents\n"
+              f"{'task':<15}{'reader':<12}" + "".join(f"{c:>11}" for c in columns))
+        for r, reader in enumerate(readers):
+            cells = (f"{values[c][r]:.1%}" if "acc" in c else f"{values[c][r]:.4g}" for c in columns)
+            print(f"{name:<15}{reader:<12}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
+        record[name] = {"examples": len(examples), "scored_tokens": count, "readers": {
+            reader: {c: values[c][r].item() for c in columns} for r, reader in enumerate(readers)}}
+    return record
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -348,6 +506,15 @@ def without_nan(value):
     if isinstance(value, dict):
         return {k: without_nan(v) for k, v in value.items()}
     return None if isinstance(value, float) and value != value else value
+
+
+def finish(record, args):
+    """The run's options and results as one line of JSON, also to --json FILE."""
+    text = json.dumps(without_nan({"options": {**vars(args), "model": str(args.model)}, **record}), allow_nan=False)
+    if args.json:
+        with written_whole(args.json) as temporary:
+            temporary.write_text(text + "\n", "utf-8")
+    print(text)
 
 
 def arguments():
@@ -365,6 +532,10 @@ def arguments():
     parser.add_argument("--peer", choices=("transformers",), help="another library to compare with, where installed")
     parser.add_argument("--json", help="also write the JSON object to this file")
     parser.add_argument("--figures", default=".", help="folder for bench.png and growth.png")
+    parser.add_argument("--tasks", type=lambda text: text.split(","), metavar="NAMES",
+                        help=f"only score tasks, of {', '.join(TASKS)}, joined by commas")
+    parser.add_argument("--task-dir", help="folder of the tasks' JSONL files; code needs none")
+    parser.add_argument("--task-limit", type=int, help="examples per task (default: all; of code 128 windows)")
     parser.add_argument("--loss-memory", action="store_true", help="only measure the memory of the heads' loss")
     args = parser.parse_args()
     if min(args.prompts, args.repeats) < 1 or args.max_new_tokens < 2:
@@ -385,6 +556,8 @@ def main():
     folder = locate(args.model)
     model = Pythia.from_pretrained(folder, args.device, getattr(torch, args.dtype))
     heads = ExitHeads.load(args.heads or folder / "heads-fast.safetensors", model)
+    if args.tasks:
+        return finish({"tasks": run_tasks(model, heads, folder, args.tasks, args.task_dir, args.task_limit)}, args)
     prompts = held_out_prompts(folder, args.prompts)
     if args.widen != 1 or args.vocab:
         model, heads = widen(model, heads, args.widen, args.vocab)
@@ -403,8 +576,7 @@ def main():
     parts, texts, tuned = {}, {}, {}
     for title, temperature in (("greedy", 0.0), ("sampled at 0.8", 0.8)):
         parts[title], texts[title], tuned[title] = compare(model, heads, folder, prompts, args, bytes_per_second, temperature)
-    record = {"machine": machine, "gigabytes_per_second": bytes_per_second / 1e9, "options": {**vars(args), "model": str(args.model)},
-              "cost_ms": cost, "row_dependence": difference, **parts}
+    record = {"machine": machine, "gigabytes_per_second": bytes_per_second / 1e9, "cost_ms": cost, "row_dependence": difference, **parts}
     if args.device == "cuda":
         print(f"\nwith CUDA graphs, greedy: {len(prompts)} prompts x {args.max_new_tokens} new tokens, {args.repeats} repeats")
         runs = run_in_turn(fast(model, graphs=True), [Plain(), tuned["greedy"]], prompts, args.max_new_tokens, repeats=args.repeats)
@@ -419,11 +591,7 @@ def main():
     peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     record["peak_memory_gb"] = peak / 1e9
     print(f"peak memory of the whole run: {peak / 1e9:.2f} GB")
-    text = json.dumps(without_nan(record), allow_nan=False)
-    if args.json:
-        with written_whole(args.json) as temporary:
-            temporary.write_text(text + "\n", "utf-8")
-    print(text)
+    finish(record, args)
 
 
 if __name__ == "__main__":
