@@ -29,7 +29,7 @@ heads are as good as the toy's, which says nothing about a real model's; and dep
     python bench.py --model pythia-410m --heads run/heads.safetensors --tasks lambada,piqa --task-dir DIR
     python bench.py --loss-memory                        what training heads costs in memory, chunked and not
 
-The last line of stdout is one JSON object (also --json FILE). Expect about seven minutes on two CPU cores.
+The last line of stdout is one JSON object (also --json FILE). Expect about ten minutes on two CPU cores.
 """
 import argparse
 import json
@@ -237,10 +237,13 @@ def table(runs, prompts, bytes_per_second, temperature):
 def compare(model, heads, folder, prompts, args, bytes_per_second, temperature):
     """One part of the benchmark, greedy or sampled: LayerSkip's whole grid once, then its best beside the other policies."""
     decoder = fast(model)
-    tuned = named(automatic(model, heads, held_out_prompts(folder, 12, split="calibration"), args.max_new_tokens, temperature), "DSSD auto")
+    few = 2 if args.widen > 1 else 1                                      # a wide model is slow: half the prompts, half as long
+    tuned = named(automatic(model, heads, held_out_prompts(folder, 12 // few, split="calibration"), 96 // few, temperature),
+                  "DSSD auto")
     options = {"temperature": temperature, "seed": args.seed}
-    tied = ExitHeads(model, heads.layers, "tied").requires_grad_(False)   # the shared unembedding: original LayerSkip
-    grid, some = grid_of(heads) + grid_of(tied, " tied"), prompts[:max(1, len(prompts) // 4)]
+    grid, some = grid_of(heads), prompts[:max(1, len(prompts) // 4)]
+    if not temperature:                                                   # the shared unembedding: original LayerSkip
+        grid += grid_of(ExitHeads(model, heads.layers, "tied").requires_grad_(False), " tied")
     print(f"\n{'sampled at ' + str(temperature) if temperature else 'greedy'}: LayerSkip's grid on {len(some)} prompts of "
           f"{len(prompts[0])} tokens x {args.max_new_tokens} new, once")
     record, stats = table(run_in_turn(decoder, [Plain(), tuned, *grid], some, args.max_new_tokens, repeats=1, **options), some,
@@ -329,7 +332,7 @@ def draw(path, cost, parts):
     figure, axes = plt.subplots(1, len(parts) + 1, figsize=(4.3 * (len(parts) + 1), 3.8), layout="constrained")
     for a, (title, part) in zip(axes, parts.items()):
         for kind, marker, colour in (("LayerSkip", "o", "#31688e"), (" tied", "x", "#440154"), ("DSSD", "*", "#b8860b")):
-            chosen = {n: r for n, r in {**part["grid"], **part["policies"]}.items() if r["acceptance"] == r["acceptance"]
+            chosen = {n: r for n, r in {**part["policies"], **part["grid"]}.items() if r["acceptance"] == r["acceptance"]
                       and (n.endswith(kind) if kind == " tied" else n.startswith(kind) and not n.endswith(" tied"))}
             label = {"LayerSkip": "LayerSkip, these heads", " tied": "LayerSkip, shared unembedding"}.get(kind, kind)
             a.scatter([r["acceptance"] for r in chosen.values()], [r["x_plain"] for r in chosen.values()], marker=marker, c=colour,
@@ -582,7 +585,7 @@ def main():
         runs = run_in_turn(fast(model, graphs=True), [Plain(), tuned["greedy"]], prompts, args.max_new_tokens, repeats=args.repeats)
         record["graphs"], _ = table(runs, prompts, bytes_per_second, 0.0)
     if args.peer:
-        record["peer"] = beside_peer(folder, prompts, args.max_new_tokens, args.repeats, parts["greedy"]["policies"], texts["greedy"])
+        record["peer"] = beside_peer(folder, prompts[:8], args.max_new_tokens, args.repeats, parts["greedy"]["policies"], texts["greedy"])
     draw(Path(args.figures) / "bench.png", cost, parts)
     if args.widen == 1 and args.device == "cpu":
         print()

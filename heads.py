@@ -18,8 +18,8 @@ Kinds, all starting from the model's own final norm and unembedding (the "logit 
               values), norm, D -> V                               beyond the paper
 The kinds besides linear, the logit-lens start and the mixing of written text are additions of this project.
 
-    python heads.py             a table of agreement with the full model per exit, and heads.png: the top
-                                prediction at every depth for one line of code
+    python heads.py             a table of agreement with the full model per exit, where blocks look at the previous
+                                token, and heads.png: the top prediction at every depth for one line of code
     python heads.py --steps 40  also every kind after the same short training, about two minutes
 """
 import argparse

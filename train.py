@@ -1,7 +1,7 @@
 """Chapter 6. The main job: train, calibrate and test exit heads on a frozen Pythia (arXiv 2407.21082).
 
     python train.py --layers 4,8,12                  the toy, standard-library source, about two minutes
-    python train.py --layers 2 --head block --data stdlib+self --steps 1400
+    python train.py --layers 1,2,4 --head block --data stdlib+self --steps 2000 --batch 16 --length 256   the fast heads
     python train.py --model pythia-70m --data my.txt --out run70
     python train.py --backbone --out mytoy           how the toy itself was made, about an hour
 

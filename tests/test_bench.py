@@ -90,7 +90,7 @@ def test_command_line(tmp_path):
     assert record == json.loads((tmp_path / "b.json").read_text())
     for part in ("greedy", "sampled at 0.8"):
         policies = record[part]["policies"]
-        assert {"Plain", "EarlyExit 0.80", "DSSD 0.95", "DSSD auto"} <= set(policies) and len(record[part]["grid"]) == 2 + 2 * 3 * 8
+        assert {"Plain", "EarlyExit 0.80", "DSSD 0.95", "DSSD auto"} <= set(policies) and len(record[part]["grid"]) == 2 + 3 * 8 * (2 if part == "greedy" else 1)
         assert policies["Plain"]["x_plain"] == 1 and policies["Plain"]["acceptance"] is None
         for name, row in policies.items():
             assert row["min_ms"] <= row["ms_per_token"] <= row["max_ms"] and row["roofline"] > 0
