@@ -44,7 +44,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from confidence import entropy, is_certain
-from dssd import (DRAFT_LENGTHS, DSSD, HEADER, EarlyExit, LayerSkip, Plain, automatic, beside_grid, fast, first_gaps,
+from dssd import (DRAFT_LENGTHS, DSSD, HEADER, EarlyExit, LayerSkip, Plain, automatic, beside_grid, fast, first_gaps, generate,
                   held_out_prompts, measure, row_of, run_in_turn)
 from eero import token_costs
 from heads import ExitHeads, distill_loss, full_cost, kl, toy_windows
@@ -77,7 +77,7 @@ def hardware(device):
 
 
 @torch.inference_mode()
-def row_dependence(model, rows=8):
+def row_dependence(model, rows=17):
     """Largest difference that the number of rows in one pass makes to a row's final logits; 0.0 if none."""
     ids = torch.arange(2, 2 + rows, device=model.embed_in.weight.device)[None]
     L, largest = model.config.num_hidden_layers, 0.0
@@ -106,6 +106,8 @@ def widen(model, heads, r, vocab=0):
     c = model.config
     if r < 1 or vocab and vocab < c.vocab_size:
         raise InputError(f"--widen must be at least 1, and --vocab at least the model's {c.vocab_size} entries")
+    if vocab and heads.kind not in ("linear", "block"):
+        raise InputError(f"--vocab cannot pad heads of kind {heads.kind}: their matrix does not read a norm of its own")
     V, like = max(vocab, c.vocab_size), model.embed_in.weight
     with torch.device("meta"):
         wide = Pythia(replace(c, vocab_size=V, hidden_size=r * c.hidden_size, intermediate_size=r * c.intermediate_size,
@@ -161,13 +163,14 @@ def peer_times(folder, prompts, max_new_tokens, repeats):
     return {name: (sorted(t)[len(t) // 2], texts[name]) for name, t in times.items()}
 
 
-def beside_peer(folder, prompts, max_new_tokens, repeats, record, plain_texts):
-    """Print and return the peers' times beside Plain's and DSSD auto's, all with prefill, which the peers do not time apart."""
-    found = {}
+def beside_peer(decoder, tuned, folder, prompts, max_new_tokens, repeats):
+    """Print and return the peers' times beside Plain's and DSSD auto's on the same prompts: medians, all with prefill."""
+    found, runs = {}, run_in_turn(decoder, [Plain(), tuned], prompts, max_new_tokens, repeats=repeats)
+    whole = {name: sorted(1000 * (s.prefill_seconds + s.decode_seconds) / len(prompts) / max_new_tokens for s, _ in r)[repeats // 2]
+             for name, r in runs.items()}
     for name, (ms, texts) in peer_times(folder, prompts, max_new_tokens, repeats).items():
-        whole = {k: record[k]["ms_per_token"] + record[k]["prefill_ms"] / max_new_tokens for k in ("Plain", "DSSD auto")}
-        same = sum(a == b for a, b in zip(texts, plain_texts)) / len(texts)
-        print(f"{name}: {ms:.2f} ms/token, prefill included; same text as Plain on {same:.0%} of the prompts; Plain is "
+        same = sum(a == b for a, b in zip(texts, runs["Plain"][0][1])) / len(texts)
+        print(f"{name}: {ms:.2f} ms/token on {len(prompts)} prompts, prefill included; same text as Plain on {same:.0%}; Plain is "
               f"{ms / whole['Plain']:.2f} x, DSSD auto {ms / whole['DSSD auto']:.2f} x as fast")
         found[name] = {"ms_per_token": ms, "plain_is": ms / whole["Plain"], "dssd_is": ms / whole["DSSD auto"], "same_text": same}
     return found
@@ -218,7 +221,7 @@ def table(runs, prompts, bytes_per_second, temperature):
     """Print one line per policy; return {name: its numbers} and {name: median Stats}."""
     middle = {name: sorted((s for s, _ in r), key=lambda s: s.ms_per_token)[len(r) // 2] for name, r in runs.items()}
     plain, plain_texts, record = middle["Plain"], runs["Plain"][0][1], {}
-    print(f"{HEADER[0]:<22}" + "".join(f"{h:>10}" for h in HEADER[1:]) + "  roofline   min .. max ms/token")
+    print(f"{HEADER[0]:<22}" + "".join(f"{h:>10}" for h in (*HEADER[1:-1], "same tok.")) + "  roofline   min .. max ms/token")
     for name, s in middle.items():
         times = [r.ms_per_token for r, _ in runs[name]]
         pairs = [(a, b) for x, y in zip(runs[name][0][1], plain_texts) for a, b in zip(x, y)]
@@ -234,12 +237,15 @@ def table(runs, prompts, bytes_per_second, temperature):
     return record, middle
 
 
-def compare(model, heads, folder, prompts, args, bytes_per_second, temperature):
-    """One part of the benchmark, greedy or sampled: LayerSkip's whole grid once, then its best beside the other policies."""
-    decoder = fast(model)
+def tuned_on(decoder, model, heads, folder, args, temperature):
     few = 2 if args.widen > 1 else 1                                      # a wide model is slow: half the prompts, half as long
-    tuned = named(automatic(model, heads, held_out_prompts(folder, 12 // few, split="calibration"), 96 // few, temperature),
-                  "DSSD auto")
+    prompts = held_out_prompts(folder, 12 // few, split="calibration")
+    return named(automatic(model, heads, prompts, 96 // few, temperature, decoder=decoder), "DSSD auto")
+
+
+def compare(decoder, model, heads, folder, prompts, args, bytes_per_second, temperature):
+    """One part of the benchmark, greedy or sampled: LayerSkip's whole grid once, then its best beside the other policies."""
+    tuned = tuned_on(decoder, model, heads, folder, args, temperature)
     options = {"temperature": temperature, "seed": args.seed}
     grid, some = grid_of(heads), prompts[:max(1, len(prompts) // 4)]
     if not temperature:                                                   # the shared unembedding: original LayerSkip
@@ -261,7 +267,9 @@ def compare(model, heads, folder, prompts, args, bytes_per_second, temperature):
     main_record, stats = table(runs, prompts, bytes_per_second, temperature)
     if not temperature:
         report_gaps(model, prompts, texts, runs["DSSD auto"][0][1], args.dtype)
-    return {"grid": record, "policies": main_record, "distinct_4grams": distinct(texts), "best_layerskip": best.name}, texts, tuned
+    setting = {"thresholds": [str(t) if t == float("inf") else t for t in tuned.thresholds], "max_draft": tuned.max_draft}
+    return {"grid": record, "policies": main_record, "distinct_4grams": distinct(texts), "best_layerskip": best.name,
+            "automatic": setting}, tuned
 
 
 def report_gaps(model, prompts, texts, others, dtype):
@@ -275,29 +283,32 @@ def report_gaps(model, prompts, texts, others, dtype):
 # ---------------------------------------------------------------- how cost grows
 
 
-def pace(model, policy, prompts, n):
-    """Decoded tokens per second of a policy on prompts x n new tokens, after a warm-up; the decoder comes ready."""
-    runs = run_in_turn(model, [policy], prompts, n, repeats=1)
-    return runs[policy.name][0][0].tokens_per_second
+def pace(decoder, policies, prompts, n, repeats=3):
+    """Decoded tokens per second of each policy on prompts x n new tokens, run in turn: medians of the repeats."""
+    runs = run_in_turn(decoder, policies, prompts, n, repeats=repeats)
+    return [sorted(stats.tokens_per_second for stats, _ in runs[p.name])[repeats // 2] for p in policies]
 
 
-def growth(model, heads, folder, tuned, widths=(1, 4, 8, 16)):
-    """Tokens per second of Plain and DSSD by context length and by width, and by the depth at which tokens leave."""
+def growth(decoder, model, heads, folder, tuned, widths):
+    """Tokens per second of Plain and DSSD by context length and by width, and by the depth at which tokens leave.
+
+    DSSD keeps the setting that was tuned for the model as it is and for short prompts.
+    """
     L, context = model.config.num_hidden_layers, model.config.max_position_embeddings
-    found, decoder = {"context": [], "width": [], "depth": []}, fast(model)
+    found = {"context": [], "width": [], "depth": []}
     long = toy_windows("test", 2 * context, context, folder).tolist()
     for n in [n for n in (128, 256, 512, 1024, 1920) if n + 64 <= context]:
         prompts = [ids[:n] for ids in long]
-        found["context"].append((n, pace(decoder, Plain(), prompts, 64), pace(decoder, tuned, prompts, 64)))
+        found["context"].append((n, *pace(decoder, [Plain(), tuned], prompts, 64)))
     prompts = held_out_prompts(folder, 2)
     tied = ExitHeads(model, range(1, L), "tied").requires_grad_(False)
     for n in sorted({1, 2, L // 4, L // 2, 3 * L // 4, L - 1}):           # the text is of no use, its pace is
         leave = EarlyExit(tied, [float("inf") if m == n else None for m in tied.layers], fill="copy")
-        found["depth"].append((n, pace(decoder, leave, prompts, 64)))
+        found["depth"].append((n, *pace(decoder, [leave], prompts, 64)))
     for r in widths:
         wide, wide_heads = widen(model, heads, r)
-        policy, wide = replace(tuned, heads=wide_heads), fast(wide)
-        found["width"].append((r * model.config.hidden_size, pace(wide, Plain(), prompts, 16), pace(wide, policy, prompts, 16)))
+        policies = [Plain(), replace(tuned, heads=wide_heads)]
+        found["width"].append((r * model.config.hidden_size, *pace(fast(wide), policies, prompts, 24)))
     for name, unit in (("context", "tokens in the prompt"), ("width", "hidden size")):
         print(f"tokens/s by {unit}, Plain / DSSD auto: " + ", ".join(f"{n:,}: {a:.0f} / {b:.0f}" for n, a, b in found[name]))
     print("tokens/s if every token left at a depth (keys and values copied): " + ", ".join(f"{n}: {a:.0f}" for n, a in found["depth"]))
@@ -332,6 +343,7 @@ def draw(path, cost, parts):
     figure, axes = plt.subplots(1, len(parts) + 1, figsize=(4.3 * (len(parts) + 1), 3.8), layout="constrained")
     for a, (title, part) in zip(axes, parts.items()):
         for kind, marker, colour in (("LayerSkip", "o", "#31688e"), (" tied", "x", "#440154"), ("DSSD", "*", "#b8860b")):
+            # all points are of the grid's run, but for the levels, which only the second one has
             chosen = {n: r for n, r in {**part["policies"], **part["grid"]}.items() if r["acceptance"] == r["acceptance"]
                       and (n.endswith(kind) if kind == " tied" else n.startswith(kind) and not n.endswith(" tied"))}
             label = {"LayerSkip": "LayerSkip, these heads", " tied": "LayerSkip, shared unembedding"}.get(kind, kind)
@@ -462,7 +474,7 @@ def accuracies(examples, scores):
     for pairs, gold in examples:
         own = [next(scores) for _ in pairs]
         logprob = torch.stack([s[0].sum(-1) for s in own])                # (choices, R)
-        characters = torch.tensor([len(text) - 1 for _, text in pairs])[:, None]
+        characters = torch.tensor([max(1, len(text) - 1) for _, text in pairs])[:, None]
         right = logprob.argmax(0) == gold if len(pairs) > 1 else own[0][1].all(-1)
         found.append(torch.stack((right, (logprob / characters).argmax(0) == gold, logprob[gold])))
     acc, acc_norm, logprob = torch.stack(found).double().mean(0)
@@ -514,10 +526,10 @@ def without_nan(value):
 def finish(record, args):
     """The run's options and results as one line of JSON, also to --json FILE."""
     text = json.dumps(without_nan({"options": {**vars(args), "model": str(args.model)}, **record}), allow_nan=False)
+    print(text)
     if args.json:
         with written_whole(args.json) as temporary:
             temporary.write_text(text + "\n", "utf-8")
-    print(text)
 
 
 def arguments():
@@ -545,8 +557,11 @@ def arguments():
         raise InputError("--prompts and --repeats must be at least 1, --max-new-tokens at least 2")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no such device here; use cpu")
-    if not Path(args.figures).is_dir():
-        raise InputError(f"--figures {args.figures}: no such folder")
+    for option, folder in (("--figures", args.figures), ("--json", Path(args.json or "").parent)):
+        if not Path(folder).is_dir():
+            raise InputError(f"{option}: there is no folder {folder}; make it first")
+    if args.tasks and (args.widen != 1 or args.vocab or args.peer):
+        raise InputError("--tasks scores the model as it is; leave --widen, --vocab and --peer out")
     if args.peer and (args.widen > 1 or args.vocab or args.dtype != "float32" or args.device != "cpu"):
         raise InputError("--peer compares float32 on the CPU, with the model as it is on disk; leave the other options out")
     return args
@@ -570,30 +585,36 @@ def main():
           f"D = {c.hidden_size:,}, V = {c.vocab_size:,}, {heads.kind} heads at {', '.join(map(str, heads.layers))}")
     cost = measure(decoder, heads, 16)
     print("what a second row costs: one block at 128 cached positions, "
-          + ", ".join(f"{1000 * cost['block'][n - 1]:.0f} us for {n}" for n in (1, 2, 4, 8, 16)) + " rows; beside its blocks a draft "
+          + ", ".join(f"{1000 * cost['block'][n - 1]:.0f} us for {n}" for n in (1, 2, 4, 8, 16)) + " rows; beside its blocks a draft takes "
           + ", ".join(f"{1000 * ms:.0f} us at exit {n}" for n, ms in zip(heads.layers, cost["head"]))
-          + f"; a pass to full depth {1000 * cost['full'][0]:.0f} us")
+          + f"; beside its blocks a pass to full depth {1000 * cost['full'][0]:.0f} us")
     difference = row_dependence(decoder)
-    print(f"{args.dtype}: the number of rows in a pass changes a row's logits by at most {difference:.2g}"
-          + (": every lossless policy is lossless to the bit" if not difference else ""), flush=True)
-    parts, texts, tuned = {}, {}, {}
+    print(f"{args.dtype}: the number of rows in a pass, 2 .. 17 at 64 cached positions, changes a row's logits by at most "
+          f"{difference:.2g}" + (": the lossless policies are lossless to the bit there" if not difference else ""), flush=True)
+    parts, tuned = {}, {}
     for title, temperature in (("greedy", 0.0), ("sampled at 0.8", 0.8)):
-        parts[title], texts[title], tuned[title] = compare(model, heads, folder, prompts, args, bytes_per_second, temperature)
+        parts[title], tuned[title] = compare(decoder, model, heads, folder, prompts, args, bytes_per_second,
+                                                            temperature)
     record = {"machine": machine, "gigabytes_per_second": bytes_per_second / 1e9, "cost_ms": cost, "row_dependence": difference, **parts}
     if args.device == "cuda":
         print(f"\nwith CUDA graphs, greedy: {len(prompts)} prompts x {args.max_new_tokens} new tokens, {args.repeats} repeats")
-        runs = run_in_turn(fast(model, graphs=True), [Plain(), tuned["greedy"]], prompts, args.max_new_tokens, repeats=args.repeats)
+        graphed = fast(model, graphs=True)
+        policies = [Plain(), tuned_on(graphed, model, heads, folder, args, 0.0)]
+        for prompt in prompts:                                            # every pass is captured before it is timed
+            for policy in policies:
+                generate(graphed, prompt, args.max_new_tokens, policy)
+        runs = run_in_turn(graphed, policies, prompts, args.max_new_tokens, repeats=args.repeats)
         record["graphs"], _ = table(runs, prompts, bytes_per_second, 0.0)
     if args.peer:
-        record["peer"] = beside_peer(folder, prompts[:8], args.max_new_tokens, args.repeats, parts["greedy"]["policies"], texts["greedy"])
+        record["peer"] = beside_peer(decoder, tuned["greedy"], folder, prompts[:8], args.max_new_tokens, args.repeats)
     draw(Path(args.figures) / "bench.png", cost, parts)
-    if args.widen == 1 and args.device == "cpu":
-        print()
-        record["growth"] = growth(model, heads, folder, tuned["greedy"])
-        draw_growth(Path(args.figures) / "growth.png", record["growth"])
     peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     record["peak_memory_gb"] = peak / 1e9
-    print(f"peak memory of the whole run: {peak / 1e9:.2f} GB")
+    print(f"peak memory so far: {peak / 1e9:.2f} GB\n", flush=True)
+    if args.widen == 1 and args.device == "cpu":
+        widths = [r for r in (1, 4, 8, 16) if r * c.hidden_size <= 2048]  # 2,048 takes 11 GB in all
+        record["growth"] = growth(decoder, model, heads, folder, tuned["greedy"], widths)
+        draw_growth(Path(args.figures) / "growth.png", record["growth"])
     finish(record, args)
 
 

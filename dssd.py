@@ -230,18 +230,18 @@ class Fused:
         return torch.addmm(offset, rows, matrix)[None]
 
     def twin(self, head):
-        """The fused twin of an exit head (kinds linear and block; the others run as they are)."""
+        """The fused twin of an exit head (kinds linear, tied and block; the others run as they are)."""
         if head not in self.twins:
-            self.twins[head] = FusedHead(self, head) if head.kind in ("linear", "block") else head
+            self.twins[head] = FusedHead(self, head) if head.kind in ("linear", "tied", "block") else head
         return self.twins[head]
 
 
 class FusedHead:
-    """A linear or block head with its block and its norm folded; same body, output and new_cache as ExitHead."""
+    """A linear, tied or block head with block and norm folded; same body, output and new_cache as ExitHead."""
 
     def __init__(self, fused, head):
         self.fused, self.kind, self.new_cache = fused, head.kind, head.new_cache
-        self.out = fused.fold_output(head.norm, head.out)
+        self.out = fused.fold_output(head.norm, head.backbone[0].embed_out if head.kind == "tied" else head.out)
         if head.kind == "block":
             self.folded = [fold(head.block, 2 * fused.turn.shape[-1])]
 
@@ -291,8 +291,8 @@ class Graphed(Fused):
         if x.device.type != "cuda":
             return rows, at, out, lambda: out.copy_(self.static(rows, at, folded, kv))
         side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        side.wait_stream(torch.cuda.current_stream())
         kept = kv[..., :len(x), :].clone()                                # the warm-up writes at position 0
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self.static(rows, at, folded, kv)
         torch.cuda.current_stream().wait_stream(side)
@@ -339,7 +339,7 @@ class Stats:
     blocks: int = 0               # (position, block) pairs evaluated
     redone: int = 0               # of these, for drafts that were rejected
     prefills: int = 0             # generations counted
-    extra_cost: float = 0.0       # heads and unembeddings, in block-equivalents
+    extra_cost: float = 0.0       # heads, unembeddings and CALM's copies, in block-equivalents
     bytes: float = 0.0            # weights, keys and values that had to be read: once per pass, whatever its rows
     draft_lengths: Counter = field(default_factory=Counter)
     exits: Counter = field(default_factory=Counter)           # emitted tokens by the depth that produced them
@@ -387,10 +387,10 @@ class Frontier:
     def __init__(self, model, policy, capacity, stats):
         L = model.config.num_hidden_layers
         self.model, self.stats = model, stats
-        self.exits = [m for m, t in enumerate(policy.thresholds) if t is not None]
-        self.bounds = [0, *(policy.heads.layers[m] for m in self.exits), L]
-        self.thresholds = [policy.thresholds[m] for m in self.exits]
-        own = [policy.heads.heads[m] for m in self.exits]
+        exits = [m for m, t in enumerate(policy.thresholds) if t is not None]
+        self.bounds = [0, *(policy.heads.layers[m] for m in exits), L]
+        self.thresholds = [policy.thresholds[m] for m in exits]
+        own = [policy.heads.heads[m] for m in exits]
         c, item = model.config, model.embed_in.weight.element_size()
         self.block_bytes = item * (4 * c.hidden_size ** 2 + 2 * c.hidden_size * c.intermediate_size)
         self.position_bytes = item * 2 * c.hidden_size                    # one block's keys and values of one position
@@ -553,10 +553,10 @@ class Decoder:
         f.push(self.ids)
         for s in range(len(f.bounds) - 1):
             f.advance(s)
-        _, token = verify_drafts(self.model.unembed(f.take()[:, -1:])[0], [], self.temperature, self.top_p, self.generator)
         for s, cache in enumerate(f.head_caches):
             if cache:
                 f.read(s)
+        _, token = verify_drafts(self.model.unembed(f.take()[:, -1:])[0], [], self.temperature, self.top_p, self.generator)
         self.stats.blocks, self.stats.extra_cost, self.stats.bytes = before
         self.stats.prefills += 1
         self.stats.prefill_seconds += time.perf_counter() - begin
@@ -679,15 +679,15 @@ def stream(model, ids, max_new_tokens, policy, *, temperature=0.0, top_p=1.0, st
 
 
 @torch.inference_mode()
-def record(model, heads, prompts, max_new_tokens, temperature=0.0, top_p=1.0, seed=0):
+def record(model, heads, prompts, max_new_tokens, temperature=0.0, top_p=1.0, decoder=None):
     """The full model's own continuations, and what every head would have said at each of their positions.
 
     Returns entropy (N, M) in nats and the chance that the head's draft is kept (N, M), over all prompts' new tokens:
     agreement with the full model's argmax at temperature 0, else sum_x min(p(x), q(x)).
     """
-    uncertainty, kept, decoder = [], [], fast(model)
+    uncertainty, kept, decoder = [], [], decoder or fast(model)
     for prompt in prompts:
-        new = generate(decoder, prompt, max_new_tokens, Plain(), temperature=temperature, top_p=top_p, seed=seed).tokens
+        new = generate(decoder, prompt, max_new_tokens, Plain(), temperature=temperature, top_p=top_p, seed=0).tokens
         ids = torch.tensor([prompt + new], device=model.embed_in.weight.device)      # (1, P + n)
         full, hidden = model(ids[:, :-1], exits=heads.layers)
         asked = slice(len(prompt), None)                                  # the prefill gives the first new token
@@ -788,7 +788,10 @@ def replay(layers, L, exits, good, max_draft, cost):
     return ms / p
 
 
-def tune(model, heads, uncertainty, kept, cost, max_drafts=(1, 2, 3, 4, 5, 6, 8, 10, 12, 16), seed=0):
+MAX_DRAFTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)                             # draft caps that tune tries
+
+
+def tune(model, heads, uncertainty, kept, cost):
     """The automatic level: DSSD's settings on recorded tokens, fastest first: [(expected ms per token, thresholds, max_draft)].
 
     Tries every head alone and every pair of heads, one level of agreement for both (thresholds by calibration on the
@@ -796,7 +799,7 @@ def tune(model, heads, uncertainty, kept, cost, max_drafts=(1, 2, 3, 4, 5, 6, 8,
     choice of heads and cap is kept. Plain decoding, all thresholds None, is among them.
     """
     M, L = len(heads.layers), model.config.num_hidden_layers
-    good = np.random.default_rng(seed).random(kept.shape) < kept          # (N, M), kept or not
+    good = np.random.default_rng(0).random(kept.shape) < kept          # (N, M), kept or not
     found = {None: (L * cost["block"][0] + cost["full"][0], [None] * M, 1)}
     tried = (0.98, 0.95, 0.93, 0.91, 0.89, 0.87, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
     levels = {m: [calibrate(uncertainty[:, m], good[:, m], level) for level in tried] + [float("inf")] for m in range(M)}
@@ -809,22 +812,22 @@ def tune(model, heads, uncertainty, kept, cost, max_drafts=(1, 2, 3, 4, 5, 6, 8,
             first = certain.argmax(1)
             exits = [chosen[f] if any_ else None for f, any_ in zip(first, certain.any(1))]
             hit = good[np.arange(len(good)), [chosen[f] for f in first]].tolist()
-            for cap in max_drafts:
+            for cap in MAX_DRAFTS:
                 ms = replay({m: heads.layers[m] for m in chosen}, L, exits, hit, cap, cost)
                 if (chosen, cap) not in found or ms < found[chosen, cap][0]:
                     found[chosen, cap] = ms, thresholds, cap
     return sorted(found.values(), key=lambda setting: setting[0])
 
 
-def automatic(model, heads, prompts, max_new_tokens=96, temperature=0.0, top_p=1.0):
+def automatic(model, heads, prompts, max_new_tokens=96, temperature=0.0, top_p=1.0, decoder=None):
     """A DSSD policy tuned on the model's own continuations of `prompts` (lists of ids) on this machine.
 
     The six settings that `tune` expects to be fastest race plain decoding on every third prompt, twice.
     """
-    uncertainty, kept = record(model, heads, prompts, max_new_tokens, temperature, top_p)
-    decoder = fast(model)
-    found = tune(model, heads, uncertainty, kept, measure(decoder, heads, 17))
-    entrants = [DSSD(heads, thresholds, cap) for _, thresholds, cap in found[:6]] + [DSSD(heads, [None] * len(heads.layers), 1)]
+    decoder, never = decoder or fast(model), [None] * len(heads.layers)
+    uncertainty, kept = record(model, heads, prompts, max_new_tokens, temperature, top_p, decoder)
+    found = [f for f in tune(model, heads, uncertainty, kept, measure(decoder, heads, 17)) if f[1] != never][:6]
+    entrants = [DSSD(heads, thresholds, cap) for _, thresholds, cap in found] + [DSSD(heads, never, 1)]
     for i, policy in enumerate(entrants):
         policy.name = f"{i}"
     runs = run_in_turn(decoder, entrants, prompts[::3], max_new_tokens, temperature, top_p, repeats=2)
@@ -930,7 +933,7 @@ def held_out_prompts(folder, n, length=64, split="test"):
 
 
 def run_in_turn(model, policies, prompts, max_new_tokens, temperature=0.0, top_p=1.0, repeats=3, seed=0):
-    """All policies in turn on every prompt, `repeats` times after a warm-up -> {name: [(Stats, texts) per repeat]}."""
+    """All policies in turn on every prompt, `repeats` times after a short one -> {name: [(Stats, texts) per repeat]}."""
     runs = {p.name: [] for p in policies}
     for repeat in range(repeats + 1):
         totals, texts = {p.name: Stats() for p in policies}, {p.name: [] for p in policies}

@@ -740,7 +740,7 @@ def generate_under_budget(model, heads, cost, beta, seed, prompts=24, new=64, pr
 
     Calibrated on the full model's own greedy continuations, since a decoder meets its own text and not a corpus. Text
     written with exits is yet another and leaves later, so the budget given to EERO is corrected three times by the gap
-    found on calibration prompts; the test prompts are written once.
+    found on calibration prompts, never on the test prompts.
     """
     from dssd import EarlyExit, Plain, fast, generate
     from heads import self_text, toy_windows
@@ -766,7 +766,7 @@ def generate_under_budget(model, heads, cost, beta, seed, prompts=24, new=64, pr
         for _ in range(3):
             asked = np.clip(asked + budget - write(asked, practice)[2], cost[0], cost[-1])
         written, depths, realised = write(asked, starts)
-        same = np.mean([a == b for w, p in zip(written, plain) for a, b in zip(w.tokens, p)])
+        same = np.mean([a == b for w, p in zip(written, plain) for a, b in zip(w.tokens[1:], p[1:])])
         print(f"{budget:7.2f} {write(budget, starts)[2]:22.2f} {realised:20.2f} {same:36.1%} "
               f"{realised + (model.config.num_hidden_layers - depths).mean() / 6:12.2f}")
 

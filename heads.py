@@ -9,7 +9,8 @@ n blocks and guesses what the full model would say:
 No labels are needed, any text will do, and the model can even write the text itself (`self_text`): this is
 what "self-supervised" means. Only the heads learn; the backbone is never touched.
 
-Kinds, all starting from the model's own final norm and unembedding (the "logit lens") unless told otherwise:
+Kinds, all starting from the model's own final norm and unembedding (the "logit lens") unless told otherwise (but for
+the hidden layer of mlp, which starts at random):
     linear    norm, D -> V                                        the paper's
     mlp       norm, D -> D, GELU, D -> V
     tied      norm, the backbone's own unembedding                LayerSkip's exit; only the norm learns
@@ -334,8 +335,8 @@ def train_briefly(model, heads_by_kind, ids, steps, batch=8, lr=2e-3):
 def previous_token_attention(model, ids):
     """The largest mean attention that a head of each block pays to the previous token, [L], on windows ids (n, T).
 
-    To copy what followed the last time ("induction"), a block needs such a head in an earlier one: a block head can
-    learn it only at or after the depth where this is near 1.
+    To copy what followed the last time ("induction"), a block needs such a head in an earlier one: on the toy the block
+    heads at and after the depth where this is near 1 learned it, the ones before did not.
     """
     x, found = model.embed(ids), []
     rope, hidden = model.angles(0, ids.shape[1], x), torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)

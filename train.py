@@ -163,7 +163,7 @@ def teacher_and_heads(model, heads, ids, loss):
 
 
 def train_heads(model, heads, batches, steps, lr, loss, metrics):
-    """AdamW with warm-up and cosine decay to 0. Returns the steps done; Ctrl-C ends training early, not the run."""
+    """AdamW with warm-up and cosine decay to 0. Ctrl-C ends training early, not the run."""
     optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, weight_decay=0.0)
     smooth, spent, progress, step = None, [0.0, 0.0], Progress(steps, "steps"), 0
     try:

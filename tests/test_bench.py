@@ -49,6 +49,8 @@ def test_the_widened_toy_writes_the_toys_text_with_any_vocabulary(toy):
     for r, vocab in ((0, 0), (1, 2047)):
         with pytest.raises(InputError, match="--widen"):
             B.widen(toy, heads, r, vocab)
+    with pytest.raises(InputError, match="kind lowrank"):
+        B.widen(toy, ExitHeads(toy, [4], "lowrank"), 2, 5000)
 
 
 def test_bytes_are_those_of_the_weights_and_the_cache():
@@ -61,7 +63,7 @@ def test_bytes_are_those_of_the_weights_and_the_cache():
     # each draft reads two blocks and its head's matrix, each verification two blocks and the unembedding, whatever its rows
     steps = drafted.drafted + drafted.rounds
     least = steps * (2 * block + unembedding) + drafted.rounds * 2 * block
-    assert least < drafted.bytes + steps * unembedding and drafted.bytes < least + steps * 6 * 4 * position
+    assert least < drafted.bytes < least + steps * 6 * 4 * position       # beside the weights only keys and values
     early = generate(model, [1, 2, 3], 4, EarlyExit(heads, [math.inf], fill="copy")).stats
     assert early.bytes == pytest.approx(3 * (2 * block + unembedding + 2 * block / 6) + 2 * (4 + 5 + 6) * position)
 
@@ -93,19 +95,23 @@ def test_command_line(tmp_path):
         assert {"Plain", "EarlyExit 0.80", "DSSD 0.95", "DSSD auto"} <= set(policies) and len(record[part]["grid"]) == 2 + 3 * 8 * (2 if part == "greedy" else 1)
         assert policies["Plain"]["x_plain"] == 1 and policies["Plain"]["acceptance"] is None
         for name, row in policies.items():
-            assert row["min_ms"] <= row["ms_per_token"] <= row["max_ms"] and row["roofline"] > 0
+            assert row["min_ms"] == row["ms_per_token"] == row["max_ms"] > 0   # of one repeat
+            assert row["roofline"] == pytest.approx(row["bytes_per_token"] / record["gigabytes_per_second"] / 1e6 / row["ms_per_token"])
+            assert row["x_plain"] == pytest.approx(policies["Plain"]["ms_per_token"] / row["ms_per_token"])
             if part == "greedy" and not name.startswith("EarlyExit"):
                 assert row["same_tokens"] == 1
     assert (tmp_path / "bench.png").stat().st_size > 5000
     assert_refused(run("bench.py", "--prompts", 0), "--prompts")
     assert_refused(run("bench.py", "--widen", 0), "--widen")
-    assert_refused(run("bench.py", "--figures", tmp_path / "none"), "no such folder")
+    assert_refused(run("bench.py", "--figures", tmp_path / "none"), "there is no folder")
+    assert_refused(run("bench.py", "--json", tmp_path / "none" / "b.json"), "there is no folder")
+    assert_refused(run("bench.py", "--tasks", "code", "--widen", 2), "--tasks")
     assert_refused(run("bench.py", "--peer", "transformers", "--widen", 2), "--peer")
 
 
 def test_growth_and_its_figure(toy, tmp_path):
     heads = ExitHeads.load(TOY / "heads-fast.safetensors", toy)
-    found = B.growth(toy, heads, TOY, DSSD(heads, [1.0] * len(heads.layers)), widths=(1, 2))
+    found = B.growth(fast(toy), toy, heads, TOY, DSSD(heads, [1.0] * len(heads.layers)), (1, 2))
     assert [n for n, _, _ in found["width"]] == [128, 256] and [n for n, _, _ in found["context"]][-1] == 1920
     assert all(min(row[1:]) > 0 for rows in found.values() for row in rows)
     B.draw_growth(tmp_path / "growth.png", found)
