@@ -109,7 +109,8 @@ def test_command_line(tmp_path):
     assert_refused(run("bench.py", "--peer", "transformers", "--widen", 2), "--peer")
 
 
-def test_growth_and_its_figure(toy, tmp_path):
+def test_growth_and_its_figure(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(B.pace, "__defaults__", (1,))                     # one repeat is enough here
     heads = ExitHeads.load(TOY / "heads-fast.safetensors", toy)
     found = B.growth(fast(toy), toy, heads, TOY, DSSD(heads, [1.0] * len(heads.layers)), (1, 2))
     assert [n for n, _, _ in found["width"]] == [128, 256] and [n for n, _, _ in found["context"]][-1] == 1920
