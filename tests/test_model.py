@@ -110,7 +110,8 @@ def test_cache_truncates_by_integers_and_reads_only_what_is_filled():
     assert filled.shape == (2, 1, 4, 23, 8)                               # attention is handed 23 columns, not 50
     before = cache.kv.clone()
     cache.truncate(10)
-    assert cache.length == [10] * 4 and torch.equal(before, cache.kv)
+    # bit by bit: what is not filled may hold any number, also NaN
+    assert cache.length == [10] * 4 and torch.equal(before.view(torch.int32), cache.kv.view(torch.int32))
     again = model.run(model.embed(ids[:, 10:]), 0, 4, cache)
     assert torch.allclose(again, model.hidden_states(ids, (4,))[0][:, 10:], atol=1e-5)
 
