@@ -950,7 +950,7 @@ def run_in_turn(model, policies, prompts, max_new_tokens, temperature=0.0, top_p
 
 def main():
     parser = argparse.ArgumentParser(description="Dynamic self-speculative decoding, beside plain, early-exit and LayerSkip.")
-    parser.add_argument("--prompt", default="class Stack:\n    def push(", help="text to continue")
+    parser.add_argument("--prompt", default="import os\n\ndef find_files(path, pattern):\n    ", help="text to continue")
     parser.add_argument("--model", default=TOY, help="folder or official name (default: the toy)")
     parser.add_argument("--heads", help="heads file (default: heads-fast.safetensors in the model's folder)")
     parser.add_argument("--level", default="auto", help="agreement that calibration aims at, e.g. 0.9, or auto")
