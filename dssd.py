@@ -954,7 +954,7 @@ def main():
     parser.add_argument("--model", default=TOY, help="folder or official name (default: the toy)")
     parser.add_argument("--heads", help="heads file (default: heads-fast.safetensors in the model's folder)")
     parser.add_argument("--level", default="auto", help="agreement that calibration aims at, e.g. 0.9, or auto")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens")
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus, in (0, 1]")
     parser.add_argument("--prompts", type=int, default=2, help="held-out prompts behind the table")
