@@ -48,7 +48,7 @@ from dssd import (DRAFT_LENGTHS, DSSD, HEADER, EarlyExit, LayerSkip, Plain, auto
                   held_out_prompts, measure, row_of, run_in_turn)
 from eero import token_costs
 from heads import ExitHeads, distill_loss, full_cost, kl, toy_windows
-from model import TOY, InputError, Pythia, PythiaConfig, Tokenizer, command_line, locate, written_whole
+from model import TOY, InputError, Pythia, PythiaConfig, Tokenizer, command_line, locate, official_name, written_whole
 from train import Progress
 
 # ---------------------------------------------------------------- the machine
@@ -137,13 +137,15 @@ def widen(model, heads, r, vocab=0):
 # ---------------------------------------------------------------- other libraries, the loss's memory
 
 
-def peer_times(folder, prompts, max_new_tokens, repeats):
+def peer_times(model, prompts, max_new_tokens, repeats):
     """transformers' cached greedy generate on the same weights, plain and with prompt lookup: ms per token, and the texts."""
     try:
-        from transformers import GPTNeoXForCausalLM
+        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
     except ImportError:
         raise InputError("--peer transformers: it is not installed; pip install transformers, or leave --peer out") from None
-    model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    peer = GPTNeoXForCausalLM(GPTNeoXConfig.from_dict(model.config.to_dict())).to(model.embed_in.weight.dtype).eval()
+    newer = {"embed_out.weight": "lm_head.weight"} if hasattr(peer, "lm_head") else {}   # its name since version 5
+    peer.load_state_dict({newer.get(name, official_name(name)): p for name, p in model.named_parameters()})
     settings = {"transformers generate": {}, "transformers lookup": {"prompt_lookup_num_tokens": 10}}
     times, texts = {name: [] for name in settings}, {name: [] for name in settings}
     for repeat in range(repeats + 1):
@@ -151,7 +153,7 @@ def peer_times(folder, prompts, max_new_tokens, repeats):
         for prompt in prompts if repeat else prompts[:1]:
             for name, options in settings.items():
                 begin = time.perf_counter()
-                out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                out = peer.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                                      max_new_tokens=max_new_tokens, min_new_tokens=max_new_tokens, do_sample=False,
                                      pad_token_id=1, eos_token_id=None, **options)
                 spent[name] += time.perf_counter() - begin
@@ -163,12 +165,12 @@ def peer_times(folder, prompts, max_new_tokens, repeats):
     return {name: (sorted(t)[len(t) // 2], texts[name]) for name, t in times.items()}
 
 
-def beside_peer(decoder, tuned, folder, prompts, max_new_tokens, repeats):
+def beside_peer(decoder, tuned, model, prompts, max_new_tokens, repeats):
     """Print and return the peers' times beside Plain's and DSSD auto's on the same prompts: medians, all with prefill."""
     found, runs = {}, run_in_turn(decoder, [Plain(), tuned], prompts, max_new_tokens, repeats=repeats)
     whole = {name: sorted(1000 * (s.prefill_seconds + s.decode_seconds) / len(prompts) / max_new_tokens for s, _ in r)[repeats // 2]
              for name, r in runs.items()}
-    for name, (ms, texts) in peer_times(folder, prompts, max_new_tokens, repeats).items():
+    for name, (ms, texts) in peer_times(model, prompts, max_new_tokens, repeats).items():
         same = sum(a == b for a, b in zip(texts, runs["Plain"][0][1])) / len(texts)
         print(f"{name}: {ms:.2f} ms/token on {len(prompts)} prompts, prefill included; same text as Plain on {same:.0%}; Plain is "
               f"{ms / whole['Plain']:.2f} x, DSSD auto {ms / whole['DSSD auto']:.2f} x as fast")
@@ -562,8 +564,8 @@ def arguments():
             raise InputError(f"{option}: there is no folder {folder}; make it first")
     if args.tasks and (args.widen != 1 or args.vocab or args.peer):
         raise InputError("--tasks scores the model as it is; leave --widen, --vocab and --peer out")
-    if args.peer and (args.widen > 1 or args.vocab or args.dtype != "float32" or args.device != "cpu"):
-        raise InputError("--peer compares float32 on the CPU, with the model as it is on disk; leave the other options out")
+    if args.peer and args.device != "cpu":
+        raise InputError("--peer compares on the CPU; leave --device out")
     return args
 
 
@@ -606,7 +608,7 @@ def main():
         runs = run_in_turn(graphed, policies, prompts, args.max_new_tokens, repeats=args.repeats)
         record["graphs"], _ = table(runs, prompts, bytes_per_second, 0.0)
     if args.peer:
-        record["peer"] = beside_peer(decoder, tuned["greedy"], folder, prompts[:8], args.max_new_tokens, args.repeats)
+        record["peer"] = beside_peer(decoder, tuned["greedy"], model, prompts[:8], args.max_new_tokens, args.repeats)
     draw(Path(args.figures) / "bench.png", cost, parts)
     peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     record["peak_memory_gb"] = peak / 1e9

@@ -106,7 +106,14 @@ def test_command_line(tmp_path):
     assert_refused(run("bench.py", "--figures", tmp_path / "none"), "there is no folder")
     assert_refused(run("bench.py", "--json", tmp_path / "none" / "b.json"), "there is no folder")
     assert_refused(run("bench.py", "--tasks", "code", "--widen", 2), "--tasks")
-    assert_refused(run("bench.py", "--peer", "transformers", "--widen", 2), "--peer")
+
+
+def test_the_peer_has_the_same_weights():
+    pytest.importorskip("transformers")
+    for model in (tiny(), B.widen(tiny(), shaken(tiny(), [2]), 2)[0]):
+        found = B.peer_times(model, [[1, 2, 3], [7]], 12, 1)
+        plain = [generate(fast(model), ids, 12, Plain()).tokens for ids in ([1, 2, 3], [7])]
+        assert all(ms > 0 and texts == plain for ms, texts in found.values()) and len(found) == 2
 
 
 def test_growth_and_its_figure(toy, tmp_path, monkeypatch):
