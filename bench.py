@@ -44,8 +44,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from confidence import entropy, is_certain
-from dssd import (DRAFT_LENGTHS, DSSD, HEADER, EarlyExit, LayerSkip, Plain, automatic, beside_grid, fast, first_gaps, generate,
-                  held_out_prompts, measure, row_of, run_in_turn)
+from dssd import (DSSD, HEADER, EarlyExit, Plain, always, automatic, beside_grid, fast, generate, grid_of, held_out_prompts,
+                  measure, row_of, run_in_turn)
 from eero import token_costs
 from heads import ExitHeads, distill_loss, full_cost, kl, toy_windows
 from model import TOY, InputError, Pythia, PythiaConfig, Tokenizer, command_line, locate, official_name, written_whole
@@ -154,8 +154,8 @@ def peer_times(model, prompts, max_new_tokens, repeats):
             for name, options in settings.items():
                 begin = time.perf_counter()
                 out = peer.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                                     max_new_tokens=max_new_tokens, min_new_tokens=max_new_tokens, do_sample=False,
-                                     pad_token_id=1, eos_token_id=None, **options)
+                                    max_new_tokens=max_new_tokens, min_new_tokens=max_new_tokens, do_sample=False,
+                                    pad_token_id=1, eos_token_id=None, **options)
                 spent[name] += time.perf_counter() - begin
                 if repeat == 1:
                     texts[name].append(out[0, len(prompt):].tolist())
@@ -213,15 +213,14 @@ def named(policy, name):
     return policy
 
 
-def grid_of(heads, suffix=""):
-    """LayerSkip at every exit and every draft length."""
-    grid = [LayerSkip(heads, n, k) for n in heads.layers for k in DRAFT_LENGTHS]
-    return [named(p, p.name + suffix) for p in grid]
+def middle_of(run):
+    """The Stats of the repeat whose time per token is the median, of one policy's [(Stats, texts) per repeat]."""
+    return sorted((s for s, _ in run), key=lambda s: s.ms_per_token)[len(run) // 2]
 
 
 def table(runs, prompts, bytes_per_second, temperature):
     """Print one line per policy; return {name: its numbers} and {name: median Stats}."""
-    middle = {name: sorted((s for s, _ in r), key=lambda s: s.ms_per_token)[len(r) // 2] for name, r in runs.items()}
+    middle = {name: middle_of(run) for name, run in runs.items()}
     plain, plain_texts, record = middle["Plain"], runs["Plain"][0][1], {}
     print(f"{HEADER[0]:<22}" + "".join(f"{h:>10}" for h in (*HEADER[1:-1], "same tok.")) + "  roofline   min .. max ms/token")
     for name, s in middle.items():
@@ -248,11 +247,11 @@ def tuned_on(decoder, model, heads, folder, args, temperature):
 def compare(decoder, model, heads, folder, prompts, args, bytes_per_second, temperature):
     """One part of the benchmark, greedy or sampled: LayerSkip's whole grid once, then its best beside the other policies."""
     tuned = tuned_on(decoder, model, heads, folder, args, temperature)
-    options = {"temperature": temperature, "seed": args.seed}
+    options, title = {"temperature": temperature, "seed": args.seed}, f"sampled at {temperature}" if temperature else "greedy"
     grid, some = grid_of(heads), prompts[:max(1, len(prompts) // 4)]
     if not temperature:                                                   # the shared unembedding: original LayerSkip
-        grid += grid_of(ExitHeads(model, heads.layers, "tied").requires_grad_(False), " tied")
-    print(f"\n{'sampled at ' + str(temperature) if temperature else 'greedy'}: LayerSkip's grid on {len(some)} prompts of "
+        grid += [named(p, p.name + " tied") for p in grid_of(ExitHeads(model, heads.layers, "tied").requires_grad_(False))]
+    print(f"\n{title}: LayerSkip's grid on {len(some)} prompts of "
           f"{len(prompts[0])} tokens x {args.max_new_tokens} new, once")
     record, stats = table(run_in_turn(decoder, [Plain(), tuned, *grid], some, args.max_new_tokens, repeats=1, **options), some,
                           bytes_per_second, temperature)
@@ -263,15 +262,26 @@ def compare(decoder, model, heads, folder, prompts, args, bytes_per_second, temp
               for kind in (EarlyExit, DSSD) for level in (0.80, 0.90, 0.95)]
     runs = run_in_turn(decoder, [Plain(), *levels, best, tuned], prompts, args.max_new_tokens, repeats=args.repeats, **options)
     texts = runs["Plain"][0][1]
-    print(f"\n{'sampled at ' + str(temperature) if temperature else 'greedy'}: {len(prompts)} prompts x {args.max_new_tokens} new "
+    print(f"\n{title}: {len(prompts)} prompts x {args.max_new_tokens} new "
           f"tokens, {args.repeats} repeats; {distinct(texts):.0%} of the 4-grams in Plain's text are distinct; prefill "
           f"{1000 * runs['Plain'][0][0].prefill_seconds / len(prompts):.1f} ms")
-    main_record, stats = table(runs, prompts, bytes_per_second, temperature)
+    main_record, _ = table(runs, prompts, bytes_per_second, temperature)
     if not temperature:
         report_gaps(model, prompts, texts, runs["DSSD auto"][0][1], args.dtype)
     setting = {"thresholds": [str(t) if t == float("inf") else t for t in tuned.thresholds], "max_draft": tuned.max_draft}
     return {"grid": record, "policies": main_record, "distinct_4grams": distinct(texts), "best_layerskip": best.name,
             "automatic": setting}, tuned
+
+
+def first_gaps(model, prompts, texts, others):
+    """The full model's top-2 logit gap where each pair of continuations first differs: near 0 for a flipped near-tie."""
+    gaps = []
+    for prompt, a, b in zip(prompts, texts, others):
+        i = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+        if i is not None:
+            top = model(torch.tensor([prompt + a[:i]], device=model.embed_in.weight.device))[0][0, -1].float().topk(2).values
+            gaps.append((top[0] - top[1]).item())
+    return gaps
 
 
 def report_gaps(model, prompts, texts, others, dtype):
@@ -287,8 +297,7 @@ def report_gaps(model, prompts, texts, others, dtype):
 
 def pace(decoder, policies, prompts, n, repeats=3):
     """Decoded tokens per second of each policy on prompts x n new tokens, run in turn: medians of the repeats."""
-    runs = run_in_turn(decoder, policies, prompts, n, repeats=repeats)
-    return [sorted(stats.tokens_per_second for stats, _ in runs[p.name])[repeats // 2] for p in policies]
+    return [middle_of(run).tokens_per_second for run in run_in_turn(decoder, policies, prompts, n, repeats=repeats).values()]
 
 
 def growth(decoder, model, heads, folder, tuned, widths):
@@ -305,8 +314,7 @@ def growth(decoder, model, heads, folder, tuned, widths):
     prompts = held_out_prompts(folder, 2)
     tied = ExitHeads(model, range(1, L), "tied").requires_grad_(False)
     for n in sorted({1, 2, L // 4, L // 2, 3 * L // 4, L - 1}):           # the text is of no use, its pace is
-        leave = EarlyExit(tied, [float("inf") if m == n else None for m in tied.layers], fill="copy")
-        found["depth"].append((n, *pace(decoder, [leave], prompts, 64)))
+        found["depth"].append((n, *pace(decoder, [EarlyExit(tied, always(tied, n), fill="copy")], prompts, 64)))
     for r in widths:
         wide, wide_heads = widen(model, heads, r)
         policies = [Plain(), replace(tuned, heads=wide_heads)]
@@ -492,7 +500,7 @@ def run_tasks(model, heads, folder, names, task_dir=None, limit=None, levels=(0.
     tokenizer, max_len, record = Tokenizer.load(folder), model.config.max_position_embeddings, {}
     files = {name: read_task(name, task_dir, limit) for name in names if name != "code"}   # all, before the long work
     readers = {"full": [None] * len(heads.layers),
-               **{f"exit {n}": [float("inf") if n == m else None for m in heads.layers] for n in heads.layers},
+               **{f"exit {n}": always(heads, n) for n in heads.layers},
                **{f"level {level:.2f}": heads.thresholds(level) for level in levels}}
     for name in names:
         rows = [encode_pair(tokenizer, *pair, max_len) for pairs, _ in files.get(name, []) for pair in pairs]
@@ -595,8 +603,7 @@ def main():
           f"{difference:.2g}" + (": the lossless policies are lossless to the bit there" if not difference else ""), flush=True)
     parts, tuned = {}, {}
     for title, temperature in (("greedy", 0.0), ("sampled at 0.8", 0.8)):
-        parts[title], tuned[title] = compare(decoder, model, heads, folder, prompts, args, bytes_per_second,
-                                                            temperature)
+        parts[title], tuned[title] = compare(decoder, model, heads, folder, prompts, args, bytes_per_second, temperature)
     record = {"machine": machine, "gigabytes_per_second": bytes_per_second / 1e9, "cost_ms": cost, "row_dependence": difference, **parts}
     if args.device == "cuda":
         print(f"\nwith CUDA graphs, greedy: {len(prompts)} prompts x {args.max_new_tokens} new tokens, {args.repeats} repeats")

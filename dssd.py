@@ -77,12 +77,16 @@ def EarlyExit(heads, thresholds, fill="exact"):
     return Policy("EarlyExit", heads, tuple(thresholds), verify=False, fill=fill)
 
 
+def always(heads, exit):
+    """Thresholds with which the head at depth `exit` is always certain, and no other consulted."""
+    return tuple(float("inf") if n == exit else None for n in heads.layers)
+
+
 def LayerSkip(heads, exit, draft_length):
     """A fixed exit drafts a fixed number of tokens (Elhoushi et al. 2024): the hand-tuned baseline."""
     if exit not in heads.layers or draft_length < 1:
         raise InputError(f"LayerSkip: exit {exit} must be one of {heads.layers} and the draft length at least 1")
-    always = tuple(float("inf") if n == exit else None for n in heads.layers)
-    return Policy(f"LayerSkip {exit}x{draft_length}", heads, always, draft_length)
+    return Policy(f"LayerSkip {exit}x{draft_length}", heads, always(heads, exit), draft_length)
 
 
 def DSSD(heads, thresholds, max_draft=8, veto=False):
@@ -429,23 +433,34 @@ class Frontier:
 
     def ask(self, s, rows=1):
         """Logits (rows, V) of the head at bounds[s + 1] for the newest rows that arrived there."""
-        x = self.read(s) if self.head_caches[s] else self.heads[s].body(self.queue[s + 1][-1][:, -rows:])
-        if not self.head_caches[s]:
-            self.stats.extra_cost += rows * self.body_costs[s]
-            self.stats.bytes += self.body_costs[s] * self.block_bytes
-        self.unembedded(rows)
+        if self.head_caches[s]:
+            x = self.read(s)
+        else:
+            x = self.heads[s].body(self.queue[s + 1][-1][:, -rows:])
+            self.spend(rows, self.body_costs[s])
+        self.spend(rows, self.unembed_cost)
         return self.heads[s].output(x[:, -rows:])[0]
 
     def read(self, s):
         """A block head takes in the rows that it has yet to read, and keeps their keys and values."""
         x, self.unread[s] = self.unread[s], None
-        self.stats.extra_cost += x.shape[1] * self.body_costs[s]
-        self.stats.bytes += self.body_costs[s] * self.block_bytes + self.reached[s + 1] * self.position_bytes
+        self.spend(x.shape[1], self.body_costs[s], self.reached[s + 1])
         return self.heads[s].body(x, self.head_caches[s])
 
-    def unembedded(self, rows):
-        self.stats.extra_cost += rows * self.unembed_cost
-        self.stats.bytes += self.unembed_cost * self.block_bytes
+    def spend(self, rows, cost, positions=0):
+        """Count a pass of rows through matrices of `cost` block-equivalents, which attends to so many positions."""
+        self.stats.extra_cost += rows * cost
+        self.stats.bytes += cost * self.block_bytes + positions * self.position_bytes
+
+    def prompt(self, tokens):
+        """All tokens of a prompt go to full depth, and block heads read them; the rows at depth L (1, n, D)."""
+        self.push(tokens)
+        for s in range(len(self.bounds) - 1):
+            self.advance(s)
+        for s, cache in enumerate(self.head_caches):
+            if cache:
+                self.read(s)
+        return self.take()
 
     def take(self):
         """The rows that have reached depth L since the last call."""
@@ -476,8 +491,7 @@ class Frontier:
             if self.head_caches[m]:
                 self.unread[m] = x if self.unread[m] is None else torch.cat((self.unread[m], x), 1)
         self.reached[s + 1:] = [self.reached[s]] * (len(self.bounds) - s - 1)
-        sixths = (self.bounds[-1] - self.bounds[s]) / 6                   # 2 of a block's 12 D x D products
-        self.stats.extra_cost, self.stats.bytes = self.stats.extra_cost + sixths, self.stats.bytes + sixths * self.block_bytes
+        self.spend(1, (self.bounds[-1] - self.bounds[s]) / 6)             # 2 of a block's 12 D x D products
 
 
 # ---------------------------------------------------------------- decoding
@@ -548,16 +562,11 @@ class Decoder:
 
     def prefill(self):
         """The whole prompt to full depth; the full model's first token."""
-        begin, f, L = time.perf_counter(), self.frontier, self.model.config.num_hidden_layers
-        before = self.stats.blocks, self.stats.extra_cost, self.stats.bytes   # the prompt counts in seconds only
-        f.push(self.ids)
-        for s in range(len(f.bounds) - 1):
-            f.advance(s)
-        for s, cache in enumerate(f.head_caches):
-            if cache:
-                f.read(s)
-        _, token = verify_drafts(self.model.unembed(f.take()[:, -1:])[0], [], self.temperature, self.top_p, self.generator)
-        self.stats.blocks, self.stats.extra_cost, self.stats.bytes = before
+        begin, f = time.perf_counter(), self.frontier
+        f.stats = Stats()                                                 # the prompt counts in seconds only
+        last = f.prompt(self.ids)[:, -1:]                                 # (1, 1, D)
+        f.stats = self.stats
+        _, token = verify_drafts(self.model.unembed(last)[0], [], self.temperature, self.top_p, self.generator)
         self.stats.prefills += 1
         self.stats.prefill_seconds += time.perf_counter() - begin
         return token
@@ -596,7 +605,7 @@ class Decoder:
         verified = f.reached[-1]                                          # positions at full depth so far
         f.advance(len(f.bounds) - 2)
         rows = f.take() if self.policy.verify else f.take()[:, -1:]       # (1, n, D)
-        f.unembedded(rows.shape[1])
+        f.spend(rows.shape[1], f.unembed_cost)
         kept, token = verify_drafts(model.unembed(rows)[0], self.pending, self.temperature, self.top_p, self.generator)
         if kept < len(self.pending):
             f.cut(verified + kept + 1)
@@ -713,13 +722,7 @@ def measure(model, heads, max_rows, repeats=30):
     def ready(thresholds):
         """A frontier with 128 positions at full depth."""
         f = Frontier(model, Policy("", heads, thresholds), 128 + max_rows, Stats())
-        f.push([0] * 128)
-        for s in range(len(f.bounds) - 1):
-            f.advance(s)
-        f.take()
-        for s, cache in enumerate(f.head_caches):
-            if cache:
-                f.read(s)
+        f.prompt([0] * 128)
         return f
 
     def clock(step, f):
@@ -799,7 +802,7 @@ def tune(model, heads, uncertainty, kept, cost):
     choice of heads and cap is kept. Plain decoding, all thresholds None, is among them.
     """
     M, L = len(heads.layers), model.config.num_hidden_layers
-    good = np.random.default_rng(0).random(kept.shape) < kept          # (N, M), kept or not
+    good = np.random.default_rng(0).random(kept.shape) < kept             # (N, M), kept or not
     found = {None: (L * cost["block"][0] + cost["full"][0], [None] * M, 1)}
     tried = (0.98, 0.95, 0.93, 0.91, 0.89, 0.87, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
     levels = {m: [calibrate(uncertainty[:, m], good[:, m], level) for level in tried] + [float("inf")] for m in range(M)}
@@ -838,17 +841,6 @@ def automatic(model, heads, prompts, max_new_tokens=96, temperature=0.0, top_p=1
                                  "plain decoding is the fastest here"), flush=True)
     winner.name = "DSSD"
     return winner
-
-
-def first_gaps(model, prompts, texts, others):
-    """The full model's top-2 logit gap where each pair of continuations first differs: near 0 for a flipped near-tie."""
-    gaps = []
-    for prompt, a, b in zip(prompts, texts, others):
-        i = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
-        if i is not None:
-            top = model(torch.tensor([prompt + a[:i]], device=model.embed_in.weight.device))[0][0, -1].float().topk(2).values
-            gaps.append((top[0] - top[1]).item())
-    return gaps
 
 
 # ---------------------------------------------------------------- the chapter's demonstration
@@ -894,6 +886,13 @@ def draw_tokens(path, tokenizer, tokens, depths, L):
 
 
 DRAFT_LENGTHS = (1, 2, 3, 4, 5, 6, 10, 15)                                # LayerSkip's grid, for every exit
+
+
+def grid_of(heads):
+    """LayerSkip at every exit and every draft length."""
+    return [LayerSkip(heads, n, k) for n in heads.layers for k in DRAFT_LENGTHS]
+
+
 HEADER = ("policy", "tokens/s", "ms/token", "x Plain", "accept", "wasted", "tau", "draft", "layers", "cost", "same text")
 
 
@@ -985,7 +984,7 @@ def main():
         draw_tokens(args.figure, tokenizer, *map(list, zip(*seen)), L)
         print(f"wrote {args.figure}")
 
-    grid = [LayerSkip(heads, n, k) for n in heads.layers for k in DRAFT_LENGTHS]
+    grid = grid_of(heads)
     early = EarlyExit(heads, heads.thresholds(level or 0.9))
     prompts = held_out_prompts(folder, args.prompts)
     runs = run_in_turn(decoder, [Plain(), early, dssd, *grid], prompts, args.max_new_tokens, repeats=1, **options)

@@ -742,12 +742,13 @@ def generate_under_budget(model, heads, cost, beta, seed, prompts=24, new=64, pr
     written with exits is yet another and leaves later, so the budget given to EERO is corrected three times by the gap
     found on calibration prompts, never on the test prompts.
     """
-    from dssd import EarlyExit, Plain, fast, generate
+    from dssd import EarlyExit, Plain, fast, generate, held_out_prompts
     from heads import self_text, toy_windows
+    from model import TOY
     texts = self_text(model, toy_windows("calibration", 64 * 512, 512)[:, :prefix], prefix + 128, (0.0,), seed)
     sample = {k: v.reshape(len(texts), -1, v.shape[-1])[:, prefix - 1:].reshape(-1, v.shape[-1])     # not the prefixes
               for k, v in evaluate_tokens(model, heads, texts).items()}
-    practice, starts = (toy_windows(split, prompts * 512, 512)[:prompts, :prefix].tolist() for split in ("calibration", "test"))
+    practice, starts = (held_out_prompts(TOY, prompts, prefix, split) for split in ("calibration", "test"))
     decoder = fast(model)
     plain = [generate(decoder, ids, new, Plain()).tokens for ids in starts]
 
