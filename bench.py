@@ -45,7 +45,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from confidence import entropy, is_certain
 from dssd import (DSSD, HEADER, EarlyExit, Plain, always, automatic, beside_grid, fast, generate, grid_of, held_out_prompts,
-                  measure, row_of, run_in_turn)
+                  measure, record, row_of, run_in_turn)
 from eero import token_costs
 from heads import ExitHeads, distill_loss, full_cost, kl, toy_windows
 from model import TOY, InputError, Pythia, PythiaConfig, Tokenizer, command_line, locate, official_name, written_whole
@@ -78,18 +78,27 @@ def hardware(device):
 
 @torch.inference_mode()
 def row_dependence(model, rows=17):
-    """Largest difference that the number of rows in one pass makes to a row's final logits; 0.0 if none."""
+    """For n = 1 .. rows: the largest difference that going together makes to final logits of n rows; 0.0 if none."""
     ids = torch.arange(2, 2 + rows, device=model.embed_in.weight.device)[None]
-    L, largest = model.config.num_hidden_layers, 0.0
-    for n in range(2, rows + 1):
-        outputs = []
-        for step in (1, n):                                               # row by row, and all n at once
-            cache = model.new_cache(1, 64 + rows)
-            model.run(model.embed(torch.ones(1, 64, dtype=torch.long, device=ids.device)), 0, L, cache)
-            parts = [model.run(model.embed(ids[:, i:i + step]), 0, L, cache) for i in range(0, n, step)]
-            outputs.append(torch.cat([model.unembed(x) for x in parts], 1))
-        largest = max(largest, (outputs[0] - outputs[1]).abs().max().item())
-    return largest
+    L = model.config.num_hidden_layers
+
+    def logits(n, step):
+        cache = model.new_cache(1, 64 + rows)
+        model.run(model.embed(torch.ones(1, 64, dtype=torch.long, device=ids.device)), 0, L, cache)
+        return torch.cat([model.unembed(model.run(model.embed(ids[:, i:i + step]), 0, L, cache)) for i in range(0, n, step)], 1)
+
+    alone = logits(rows, 1)
+    return [(logits(n, n) - alone[:, :n]).abs().max().item() for n in range(1, rows + 1)]
+
+
+def report_rows(model, dtype):
+    """Print and return row_dependence: whether, and up to how many rows in a pass, the lossless policies are so to the bit."""
+    found = row_dependence(model)
+    same = next((n for n, difference in enumerate(found) if difference), len(found))
+    print(f"{dtype}, at 64 cached positions: " + (f"passes of up to {same} rows give the logits of one row at a time to the bit"
+          if same > 1 else "already two rows in a pass change the logits") + (
+          f"; passes of up to {len(found)} rows change them by up to {max(found):.2g}" if same < len(found) else ""), flush=True)
+    return found
 
 
 # ---------------------------------------------------------------- a wider model of the same function
@@ -238,15 +247,37 @@ def table(runs, prompts, bytes_per_second, temperature):
     return record, middle
 
 
-def tuned_on(decoder, model, heads, folder, args, temperature):
-    few = 2 if args.widen > 1 else 1                                      # a wide model is slow: half the prompts, half as long
-    prompts = held_out_prompts(folder, 12 // few, split="calibration")
-    return named(automatic(model, heads, prompts, 96 // few, temperature, decoder=decoder), "DSSD auto")
+def tuned_on(decoder, model, heads, narrow, folder, args, temperature):
+    """The automatic level. What tokens and heads say is recorded on `narrow`, (model, heads) of the same function, which is fast."""
+    prompts = held_out_prompts(folder, 12, split="calibration")
+    recorded = record(*narrow, prompts, 96, temperature, decoder=decoder if narrow[0] is model else None)
+    few = 2 if model.config.hidden_size > 512 else 1                      # the race: a wide model is slow, half the prompts, half as long
+    return named(automatic(model, heads, prompts[::few], 96 // few, temperature, decoder=decoder, recorded=recorded), "DSSD auto")
 
 
-def compare(decoder, model, heads, folder, prompts, args, bytes_per_second, temperature):
+def peak_memory(device, restart=False):
+    """Peak memory in GB so far, on a GPU what torch allocated there; then, with restart, the peak counts from now on."""
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if restart and device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif restart and Path("/proc/self/clear_refs").exists():              # Linux; elsewhere the peak only ever rises
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak / 1e9
+
+
+def peak_memories(decoder, policies, prompt, args, temperature):
+    """Print and return the peak so far and while each policy continues one prompt, in GB; all that is loaded counts."""
+    found = {"so far": peak_memory(args.device, restart=True)}
+    for policy in policies:
+        generate(decoder, prompt, args.max_new_tokens, policy, temperature=temperature, seed=args.seed)
+        found[policy.name] = peak_memory(args.device, restart=True)
+    print("peak memory, all that is loaded included: " + ", ".join(f"{name} {gb:.3f} GB" for name, gb in found.items()))
+    return found
+
+
+def compare(decoder, model, heads, narrow, folder, prompts, args, bytes_per_second, temperature):
     """One part of the benchmark, greedy or sampled: LayerSkip's whole grid once, then its best beside the other policies."""
-    tuned = tuned_on(decoder, model, heads, folder, args, temperature)
+    tuned = tuned_on(decoder, model, heads, narrow, folder, args, temperature)
     options, title = {"temperature": temperature, "seed": args.seed}, f"sampled at {temperature}" if temperature else "greedy"
     grid, some = grid_of(heads), prompts[:max(1, len(prompts) // 4)]
     if not temperature:                                                   # the shared unembedding: original LayerSkip
@@ -260,16 +291,18 @@ def compare(decoder, model, heads, folder, prompts, args, bytes_per_second, temp
     best = min(grid, key=lambda p: stats[p.name].ms_per_token)
     levels = [named(kind(heads, heads.thresholds(level)), f"{kind.__name__} {level:.2f}")
               for kind in (EarlyExit, DSSD) for level in (0.80, 0.90, 0.95)]
-    runs = run_in_turn(decoder, [Plain(), *levels, best, tuned], prompts, args.max_new_tokens, repeats=args.repeats, **options)
+    policies = [Plain(), *levels, best, tuned]
+    runs = run_in_turn(decoder, policies, prompts, args.max_new_tokens, repeats=args.repeats, **options)
     texts = runs["Plain"][0][1]
     print(f"\n{title}: {len(prompts)} prompts x {args.max_new_tokens} new "
           f"tokens, {args.repeats} repeats; {distinct(texts):.0%} of the 4-grams in Plain's text are distinct; prefill "
           f"{1000 * runs['Plain'][0][0].prefill_seconds / len(prompts):.1f} ms")
     main_record, _ = table(runs, prompts, bytes_per_second, temperature)
+    peaks = peak_memories(decoder, policies, prompts[0], args, temperature)
     if not temperature:
         report_gaps(model, prompts, texts, runs["DSSD auto"][0][1], args.dtype)
     setting = {"thresholds": [str(t) if t == float("inf") else t for t in tuned.thresholds], "max_draft": tuned.max_draft}
-    return {"grid": record, "policies": main_record, "distinct_4grams": distinct(texts), "best_layerskip": best.name,
+    return {"grid": record, "policies": main_record, "peak_memory_gb": peaks, "distinct_4grams": distinct(texts), "best_layerskip": best.name,
             "automatic": setting}, tuned
 
 
@@ -296,31 +329,35 @@ def report_gaps(model, prompts, texts, others, dtype):
 
 
 def pace(decoder, policies, prompts, n, repeats=3):
-    """Decoded tokens per second of each policy on prompts x n new tokens, run in turn: medians of the repeats."""
-    return [middle_of(run).tokens_per_second for run in run_in_turn(decoder, policies, prompts, n, repeats=repeats).values()]
+    """The Stats of each policy's median repeat on prompts x n new tokens, run in turn."""
+    return [middle_of(run) for run in run_in_turn(decoder, policies, prompts, n, repeats=repeats).values()]
 
 
-def growth(decoder, model, heads, folder, tuned, widths):
-    """Tokens per second of Plain and DSSD by context length and by width, and by the depth at which tokens leave.
+def growth(decoder, model, heads, folder, tuned, widths, bytes_per_second):
+    """Tokens per second by context length and by width, of Plain, DSSD and Plain's roofline; and by the depth at which tokens leave.
 
     DSSD keeps the setting that was tuned for the model as it is and for short prompts.
     """
+    def both(decoder, heads, prompts, n):
+        plain, dssd = pace(decoder, [Plain(), replace(tuned, heads=heads)], prompts, n)
+        return plain.tokens_per_second, dssd.tokens_per_second, bytes_per_second / plain.bytes_per_token
+
     L, context = model.config.num_hidden_layers, model.config.max_position_embeddings
     found = {"context": [], "width": [], "depth": []}
     long = toy_windows("test", 2 * context, context, folder).tolist()
     for n in [n for n in (128, 256, 512, 1024, 1920) if n + 64 <= context]:
-        prompts = [ids[:n] for ids in long]
-        found["context"].append((n, *pace(decoder, [Plain(), tuned], prompts, 64)))
+        found["context"].append((n, *both(decoder, heads, [ids[:n] for ids in long], 64)))
     prompts = held_out_prompts(folder, 2)
     tied = ExitHeads(model, range(1, L), "tied").requires_grad_(False)
     for n in sorted({1, 2, L // 4, L // 2, 3 * L // 4, L - 1}):           # the text is of no use, its pace is
-        found["depth"].append((n, *pace(decoder, [EarlyExit(tied, always(tied, n), fill="copy")], prompts, 64)))
+        stats, = pace(decoder, [EarlyExit(tied, always(tied, n), fill="copy")], prompts, 64)
+        found["depth"].append((n, stats.tokens_per_second))
     for r in widths:
         wide, wide_heads = widen(model, heads, r)
-        policies = [Plain(), replace(tuned, heads=wide_heads)]
-        found["width"].append((r * model.config.hidden_size, *pace(fast(wide), policies, prompts, 24)))
+        found["width"].append((r * model.config.hidden_size, *both(fast(wide), wide_heads, prompts, 24)))
     for name, unit in (("context", "tokens in the prompt"), ("width", "hidden size")):
-        print(f"tokens/s by {unit}, Plain / DSSD auto: " + ", ".join(f"{n:,}: {a:.0f} / {b:.0f}" for n, a, b in found[name]))
+        print(f"tokens/s by {unit}, Plain / DSSD auto / Plain's roofline: "
+              + ", ".join(f"{n:,}: {a:.0f} / {b:.0f} / {roof:.0f}" for n, a, b, roof in found[name]))
     print("tokens/s if every token left at a depth (keys and values copied): " + ", ".join(f"{n}: {a:.0f}" for n, a in found["depth"]))
     return found
 
@@ -331,9 +368,10 @@ def draw_growth(path, found):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for a, name, label in zip(axes, ("context", "width"), ("tokens in the prompt", "hidden size D (the toy widened)")):
-        x, plain, dssd = zip(*found[name])
+        x, plain, dssd, roof = zip(*found[name])
         a.plot(x, plain, "o-", color="#31688e", label="Plain")
         a.plot(x, dssd, "s--", color="#b8860b", label="DSSD auto")
+        a.plot(x, roof, ":", color="grey", label="Plain's roofline")
         a.set(xlabel=label, ylabel="tokens/s", xscale="log", yscale="log" if name == "width" else "linear")
         a.set_xticks(x, [f"{n:,}" for n in x])
         a.minorticks_off()
@@ -439,6 +477,15 @@ def code_rows(folder, windows):
     return rows, [[slice((a + b) // 2, b) for a, b in zip(e, e[1:]) if b - a > 2] for e in ends]
 
 
+def read_on(model, heads, ids, caches):
+    """Ids (B, T) after what the caches hold: what every head's matrix, then the model's unembedding, reads, [(B, T, D)]."""
+    x, at, found = model.embed(ids), 0, []
+    for n, head, cache in zip(heads.layers, heads.heads, caches[1:]):
+        x, at = model.run(x, at, n, caches[0]), n
+        found.append(head.body(x, cache))
+    return [*found, model.run(x, at, model.config.num_hidden_layers, caches[0])]
+
+
 @torch.inference_mode()
 def score(model, heads, readers, rows, name="rows", batch_tokens=2048):
     """Log-probability in nats, argmax match (0 or 1) and cost in block-equivalents of scored tokens, (3, R, n) by row.
@@ -446,30 +493,39 @@ def score(model, heads, readers, rows, name="rows", batch_tokens=2048):
     rows [(ids, n)]: the last n ids are scored. readers: R lists of thresholds, one or None per exit; a token's logits
     come from the first certain head, else from the full model. The cost is theirs alone, the depth and the heads
     consulted: the tokens before have exact keys and values (EarlyExit's fill="exact"), which are not counted.
+    Rows with the same ids before what is scored, a question with several choices, have them read once and cached.
     """
     L, device, exits, own = model.config.num_hidden_layers, model.embed_in.weight.device, heads.layers, heads.heads
     outputs = [[0 if t is None else head.cost() for head, t in zip(own, r)] + [full_cost(model) - L] for r in readers]
     costs = [torch.tensor(token_costs([*exits, L], output)) for output in outputs]       # (M + 1,) per reader
-    order, found = sorted(range(len(rows)), key=lambda i: -len(rows[i][0])), {}
+    before = [tuple(ids[:-n - 1]) for ids, n in rows]                     # the last id before is the first input of its row
+    order, found = sorted(range(len(rows)), key=lambda i: (len(before[i]), before[i])), {}
     progress = Progress(len(rows), "sequences")
     while len(found) < len(rows):
-        T = len(rows[order[len(found)]][0]) - 1                           # inputs of the longest, which comes first
-        part = order[len(found):][:max(1, batch_tokens // T)]
-        ids = pad_sequence([torch.tensor(rows[i][0]) for i in part], batch_first=True).to(device)   # on the right
-        end, n = torch.tensor([(len(rows[i][0]) - 1, rows[i][1]) for i in part], device=device).T[:, :, None]   # (B, 1)
-        place = torch.arange(T, device=device)
-        scored = (place >= end - n) & (place < end)                       # (B, T), before the padding, so blind to it
-        states, target = model.hidden_states(ids[:, :-1], (*exits, L)), ids[:, 1:][scored]   # (B, T, D) each; (S,)
+        P = len(before[order[len(found)]])
+        part = [i for i in order[len(found):][:max(1, batch_tokens // (P + 1))] if len(before[i]) == P]
+        T = max(rows[i][1] for i in part)
+        part = part[:max(1, batch_tokens // (P + T))]
+        prefixes = list(dict.fromkeys(before[i] for i in part))           # the distinct ones
+        caches = [m.new_cache(len(prefixes), P + T) for m in (model, *own)]
+        if P:
+            read_on(model, heads, torch.tensor(prefixes, device=device), caches)
+        for cache in filter(None, caches):                                # from one entry per prefix to one per row
+            cache.pick([prefixes.index(before[i]) for i in part])
+        ids = pad_sequence([torch.tensor(rows[i][0][P:]) for i in part], batch_first=True).to(device)   # on the right
+        n = torch.tensor([rows[i][1] for i in part], device=device)       # (B,)
+        scored = torch.arange(ids.shape[1] - 1, device=device) < n[:, None]   # (B, T), before the padding, so blind to it
+        bodies, target = read_on(model, heads, ids[:, :-1], caches), ids[:, 1:][scored]   # (B, T, D) each; (S,)
         seen, read, every = [], [], torch.arange(len(target))
-        for head, h in zip((*own, None), states):                         # logits (S, V) of one head at a time
-            z = head.output(head.body(h)[scored]) if head else model.unembed(h[scored])
+        for head, h in zip((*own, None), bodies):                         # logits (S, V) of one head at a time
+            z = head.output(h[scored]) if head else model.unembed(h[scored])
             logprob = z.float().log_softmax(-1).gather(-1, target[:, None])[:, 0]
             seen.append(torch.stack((logprob, z.argmax(-1) == target, entropy(z))).cpu())
         seen = torch.stack(seen, 1)                                       # (3, M + 1, S), the full model last
         for reader, cost in zip(readers, costs):
             at = torch.stack([*map(is_certain, seen[2], reader), every >= 0]).int().argmax(0)   # (S,) the first certain
             read.append(torch.stack((*seen[:2, at, every], cost[at])))
-        found.update(zip(part, torch.stack(read, 1).split(n.flatten().tolist(), -1)))
+        found.update(zip(part, torch.stack(read, 1).split(n.tolist(), -1)))
         progress.show(len(found), f"scoring {name}")
     return [found[i] for i in range(len(rows))]
 
@@ -587,6 +643,7 @@ def main():
     if args.tasks:
         return finish({"tasks": run_tasks(model, heads, folder, args.tasks, args.task_dir, args.task_limit)}, args)
     prompts = held_out_prompts(folder, args.prompts)
+    narrow = model, heads
     if args.widen != 1 or args.vocab:
         model, heads = widen(model, heads, args.widen, args.vocab)
     decoder, machine, bytes_per_second = fast(model), hardware(args.device), bandwidth(args.device)
@@ -598,17 +655,15 @@ def main():
           + ", ".join(f"{1000 * cost['block'][n - 1]:.0f} us for {n}" for n in (1, 2, 4, 8, 16)) + " rows; beside its blocks a draft takes "
           + ", ".join(f"{1000 * ms:.0f} us at exit {n}" for n, ms in zip(heads.layers, cost["head"]))
           + f"; beside its blocks a pass to full depth {1000 * cost['full'][0]:.0f} us")
-    difference = row_dependence(decoder)
-    print(f"{args.dtype}: the number of rows in a pass, 2 .. 17 at 64 cached positions, changes a row's logits by at most "
-          f"{difference:.2g}" + (": the lossless policies are lossless to the bit there" if not difference else ""), flush=True)
+    differences = report_rows(decoder, args.dtype)
     parts, tuned = {}, {}
     for title, temperature in (("greedy", 0.0), ("sampled at 0.8", 0.8)):
-        parts[title], tuned[title] = compare(decoder, model, heads, folder, prompts, args, bytes_per_second, temperature)
-    record = {"machine": machine, "gigabytes_per_second": bytes_per_second / 1e9, "cost_ms": cost, "row_dependence": difference, **parts}
+        parts[title], tuned[title] = compare(decoder, model, heads, narrow, folder, prompts, args, bytes_per_second, temperature)
+    record = {"machine": machine, "gigabytes_per_second": bytes_per_second / 1e9, "cost_ms": cost, "row_dependence": differences, **parts}
     if args.device == "cuda":
         print(f"\nwith CUDA graphs, greedy: {len(prompts)} prompts x {args.max_new_tokens} new tokens, {args.repeats} repeats")
         graphed = fast(model, graphs=True)
-        policies = [Plain(), tuned_on(graphed, model, heads, folder, args, 0.0)]
+        policies = [Plain(), tuned_on(graphed, model, heads, narrow, folder, args, 0.0)]
         for prompt in prompts:                                            # every pass is captured before it is timed
             for policy in policies:
                 generate(graphed, prompt, args.max_new_tokens, policy)
@@ -617,12 +672,9 @@ def main():
     if args.peer:
         record["peer"] = beside_peer(decoder, tuned["greedy"], model, prompts[:8], args.max_new_tokens, args.repeats)
     draw(Path(args.figures) / "bench.png", cost, parts)
-    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    record["peak_memory_gb"] = peak / 1e9
-    print(f"peak memory so far: {peak / 1e9:.2f} GB\n", flush=True)
     if args.widen == 1 and args.device == "cpu":
         widths = [r for r in (1, 4, 8, 16) if r * c.hidden_size <= 2048]  # 2,048 takes 11 GB in all
-        record["growth"] = growth(decoder, model, heads, folder, tuned["greedy"], widths)
+        record["growth"] = growth(decoder, model, heads, folder, tuned["greedy"], widths, bytes_per_second)
         draw_growth(Path(args.figures) / "growth.png", record["growth"])
     finish(record, args)
 

@@ -30,6 +30,7 @@ Limits: batch 1; a prompt of P tokens can be followed by at most context - P + 1
 """
 import argparse
 import codecs
+import functools
 import itertools
 import os
 import sys
@@ -99,11 +100,71 @@ def DSSD(heads, thresholds, max_draft=8, veto=False):
 # ---------------------------------------------------------------- a fast twin of the blocks
 
 
-def fold(block, R):
-    """A parallel block as two products: W1 (D, 3D + I), b1, W2 (D + I, D), b2.
+@functools.cache
+def packs(dtype):
+    """Whether oneDNN's packed products, which torch.compile uses but torch has no public name for, work here in this type."""
+    try:
+        if dtype != torch.float32 and (dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            return False
+        x, w = torch.ones(1, 8, dtype=dtype), torch.ops.mkldnn._reorder_linear_weight(torch.eye(8, dtype=dtype), 16)
+        return (torch.equal(torch.ops.mkldnn._linear_pointwise.default(x, w, None, "none", [], ""), x)
+                and torch.equal(torch.ops.mkldnn._linear_pointwise.binary(x, x, w, None, "add"), 2 * x))
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return False
 
-    The affine parts of both LayerNorms go into W1, so one plain normalisation serves both; the rows of q, k, v
-    are regrouped from per-head to per-kind; attention's output sits beside the MLP's hidden layer before W2.
+
+class Product:
+    """x -> x w + b for few rows x (T, n), with w (n, m) stored as this machine multiplies it fastest.
+
+    On a CPU a plain product of few rows reads w at half the memory's speed or less, and in float32 two rows cost twice
+    one. Packed into oneDNN's own layout it is read at nearly full speed, and eight rows cost little more than one. That pays
+    in 16 bits, and in float32 from D = 256 on; smaller matrices are in the cache, and the call costs more than it saves.
+    """
+
+    def __init__(self, w, b, dtype):
+        w, self.b = w.detach().to(dtype), None if b is None else b.detach().to(dtype)
+        self.packed = w.device.type == "cpu" and packs(dtype) and (dtype != torch.float32 or min(w.shape) >= 256)
+        self.least_rows = 4 if w.numel() >= 2 ** 20 else 1                # an EPYC multiplies 4 rows by a large w faster than 1 or 2
+        if self.packed:
+            self.w = torch.ops.mkldnn._reorder_linear_weight(w.T.contiguous(), 16)
+        else:                                                             # float32 by rows, 16 bits as the transposed view
+            self.w = w.contiguous() if dtype == torch.float32 else w.T.contiguous().T
+
+    def __call__(self, x):
+        """x w + b, a new tensor (T, m)."""
+        if not self.packed:
+            return x @ self.w if self.b is None else torch.addmm(self.b, x, self.w)
+        return torch.ops.mkldnn._linear_pointwise.default(self.padded(x), self.w, self.b, "none", [], "")[:len(x)]
+
+    def into(self, out, x):
+        """out = x w + b, in place."""
+        if self.packed or self.b is None or out.dtype != x.dtype:
+            out.copy_(self(x))
+        else:
+            torch.addmm(self.b, x, self.w, out=out)
+
+    def onto(self, rest, x):
+        """rest + x w + b, a new tensor (T, m)."""
+        if not self.packed:
+            y = torch.addmm(rest, x, self.w)
+            return y if self.b is None else y.add_(self.b)
+        return torch.ops.mkldnn._linear_pointwise.binary(self.padded(x), self.padded(rest), self.w, self.b, "add")[:len(x)]
+
+    def columns(self, first, last, x):
+        """x w + b in columns first .. last - 1 alone: of an unpacked w no others are read."""
+        if self.packed:
+            return self(x)[:, first:last]
+        return torch.addmm(self.b[first:last], x, self.w[:, first:last])
+
+    def padded(self, x):
+        return x if len(x) >= self.least_rows else F.pad(x, (0, 0, 0, self.least_rows - len(x)))
+
+
+def fold(block, R):
+    """A parallel block as two products: w1 (D, 3D + I), b1, w2 (D + I, D), b2, in float64.
+
+    The affine parts of both LayerNorms go into w1, so one plain normalisation serves both; the rows of q, k, v
+    are regrouped from per-head to per-kind; attention's output sits beside the MLP's hidden layer before w2.
     The rotated dimensions are reordered so that each pair is adjacent: the rotation is one complex product,
     and q.k does not depend on the order.
     """
@@ -125,14 +186,13 @@ def fold(block, R):
     half = 0.5 ** 0.5                                                     # GELU(h) = g (1 + erf g) / sqrt(2), g = h / sqrt(2)
     w1, b1 = torch.cat((w, up * half)).T, torch.cat((b, up_b * half))     # (D, 3D + I), (3D + I,)
     w2 = torch.cat((attention.dense.weight.double(), mlp.dense_4h_to_h.weight.double() * half), 1).T   # (D + I, D)
-    like = attention.dense.weight
-    return [laid_out(t, like.dtype) for t in (w1, b1, w2, attention.dense.bias + mlp.dense_4h_to_h.bias)]
+    return w1, b1, w2, attention.dense.bias + mlp.dense_4h_to_h.bias
 
 
-def laid_out(t, dtype):
-    """In the type, and in the layout that its products are fastest from: float32 by rows, 16 bits as the transposed view."""
-    t = t.detach().to(dtype)
-    return t.contiguous() if dtype == torch.float32 else t
+def folded(block, R):
+    """The block's two Products."""
+    w1, b1, w2, b2 = fold(block, R)
+    return Product(w1, b1, b2.dtype), Product(w2, b2, b2.dtype)
 
 
 class Fused:
@@ -146,7 +206,7 @@ class Fused:
         c = self.config = model.config
         self.embed_in, self.new_cache = model.embed_in, model.new_cache
         R = int(c.hidden_size // c.num_attention_heads * c.rotary_pct)
-        self.blocks = [fold(block, R) for block in model.layers]
+        self.blocks = [folded(block, R) for block in model.layers]
         self.out = self.fold_output(model.final_layer_norm, model.embed_out)
         cos, sin = model.angles(0, c.max_position_embeddings, model.embed_in.weight.float())
         self.turn = torch.complex(cos, sin)[..., :R // 2]                 # (context, 1, R / 2)
@@ -154,61 +214,62 @@ class Fused:
 
     @staticmethod
     def fold_output(norm, linear):
-        """LayerNorm and D -> V as one matrix (D, V) and one offset (V,) after a plain normalisation."""
+        """LayerNorm and D -> V as one Product after a plain normalisation."""
         w = linear.weight.double()
-        folded = (w * norm.weight.double()).T, w @ norm.bias.double()
-        return [laid_out(t, linear.weight.dtype) for t in folded]
+        return Product((w * norm.weight.double()).T, w @ norm.bias.double(), linear.weight.dtype)
 
     def step(self, T, like):
-        """A buffer z (T, 3D + I) for q, k, v and the MLP's hidden layer, and the views of it that a block needs."""
+        """A buffer z (T, 3D + I) for q, k, v and the MLP's hidden layer, and the views of it that a block needs.
+
+        On a CPU it is float32 whatever the type of the weights: the small steps between products are faster there.
+        """
         if T in self.steps:
             return self.steps[T]
         c = self.config
         D, H = c.hidden_size, c.num_attention_heads
         K, W, R = D // H, 3 * D + c.intermediate_size, 2 * self.turn.shape[-1]
-        z = like.new_empty(T, W)
+        z = like.new_empty(T, W, dtype=torch.float32 if like.device.type == "cpu" else like.dtype)
         views = (z, z.as_strided((T, 2 * H, R // 2, 2), (W, K, 2, 1)),    # the rotated pairs of q and k
                  z.as_strided((H, T, K), (K, W, 1)),                      # q
                  z.as_strided((2, H, T, K), (D, K, W, 1), D),             # k and v
                  z.as_strided((H, T, K), (K, W, 1), 2 * D),               # where attention's output goes: over v
-                 z[:, 3 * D:], z[:, 2 * D:])                              # MLP's hidden layer; both inputs of W2
+                 z[:, 3 * D:], z[:, 2 * D:])                              # MLP's hidden layer; both inputs of w2
         if z.dtype == torch.float32:
             views = (z, torch.view_as_complex(views[1]), *views[2:])
         if T <= 32:
             self.steps[T] = views
         return views
 
-    def run_folded(self, x, folded, cache, start, stop):
+    def run_folded(self, x, blocks, cache, start, stop):
         """Rows x (T, D) through folded blocks start .. stop - 1 of a cache."""
         T, D, n = len(x), x.shape[1], cache.length[start]
         if n + T > cache.max_len:
             raise InputError(f"{n + T} tokens do not fit in a context of {cache.max_len}; shorten the prompt")
         z, pairs, q, new, y, hidden, both = self.step(T, x)
         kv, turn, eps = cache.kv[start:stop, :, 0], self.turn[n:n + T], self.config.layer_norm_eps
-        mask = None if T == 1 else x.new_full((T, n + T), float("-inf")).triu(n + 1)
+        mask = None if T == 1 else z.new_full((T, n + T), float("-inf")).triu(n + 1)
         slots = kv[..., n:n + T, :].unbind(0)                             # (2, H, T, K) per block
         keys, values = kv[:, 0, :, :n + T].mT.unbind(0), kv[:, 1, :, :n + T].unbind(0)   # (H, K, n + T), (H, n + T, K)
-        for slot, k, v, (w1, b1, w2, b2) in zip(slots, keys, values, folded):
-            torch.addmm(b1, torch.layer_norm(x, (D,), None, None, eps), w1, out=z)
+        for slot, k, v, (up, down) in zip(slots, keys, values, blocks):
+            up.into(z, torch.layer_norm(x, (D,), None, None, eps))
             self.rotate(pairs, turn)
             slot.copy_(new)
+            k, v = k.to(z.dtype), v.to(z.dtype)
             if n == 0 and T > 1:                                          # a prompt: the library's blocked attention
                 y.copy_(F.scaled_dot_product_attention(q[None], k.mT[None], v[None], is_causal=True, scale=1.0)[0])
             else:                                                         # a few rows: two small products are faster
                 weight = torch.bmm(q, k) if mask is None else torch.baddbmm(mask, q, k)    # (H, T, n + T)
                 y.copy_(torch.bmm(weight.softmax(-1), v))
-            hidden.addcmul_(hidden, torch.erf(hidden))                    # sqrt(2) GELU, as W1 and W2 are scaled
-            x = torch.addmm(x, both, w2).add_(b2)
+            hidden.addcmul_(hidden, torch.erf(hidden))                    # sqrt(2) GELU, as w1 and w2 are scaled
+            x = down.onto(x, both.to(x.dtype))
         cache.length[start:stop] = [n + T] * (stop - start)
         return x
 
     def keys_values(self, x, block, cache):
         """As Pythia.keys_values: only this part of the block, for x (1, 1, D)."""
-        n, kind = cache.length[block], 3 * x.shape[-1]
+        n, D = cache.length[block], x.shape[-1]
         z, pairs, _, new, *_ = self.step(1, x[0])
-        w1, b1 = self.blocks[block][:2]
-        rows = torch.layer_norm(x[0], x.shape[-1:], None, None, self.config.layer_norm_eps)
-        z[:, :kind] = torch.addmm(b1[:kind], rows, w1[:, :kind])
+        z[:, :3 * D] = self.blocks[block][0].columns(0, 3 * D, torch.layer_norm(x[0], (D,), None, None, self.config.layer_norm_eps))
         self.rotate(pairs, self.turn[n:n + 1])
         cache.append(block, new[:, None])
 
@@ -227,11 +288,10 @@ class Fused:
         return self.run_folded(x[0], self.blocks[start:stop], cache, start, stop)[None]
 
     def unembed(self, x):
-        return self.output(x, *self.out)
+        return self.output(x, self.out)
 
-    def output(self, x, matrix, offset):
-        rows = torch.layer_norm(x[0], x.shape[-1:], None, None, self.config.layer_norm_eps)
-        return torch.addmm(offset, rows, matrix)[None]
+    def output(self, x, product):
+        return product(torch.layer_norm(x[0], x.shape[-1:], None, None, self.config.layer_norm_eps))[None]
 
     def twin(self, head):
         """The fused twin of an exit head (kinds linear, tied and block; the others run as they are)."""
@@ -241,19 +301,23 @@ class Fused:
 
 
 class FusedHead:
-    """A linear, tied or block head with block and norm folded; same body, output and new_cache as ExitHead."""
+    """A linear, tied or block head with shift, block and norm as Products; same body, output and new_cache as ExitHead."""
 
     def __init__(self, fused, head):
         self.fused, self.kind, self.new_cache = fused, head.kind, head.new_cache
         self.out = fused.fold_output(head.norm, head.backbone[0].embed_out if head.kind == "tied" else head.out)
         if head.kind == "block":
-            self.folded = [fold(head.block, 2 * fused.turn.shape[-1])]
+            self.blocks = [folded(head.block, 2 * fused.turn.shape[-1])]
+            self.shift = Product(head.shift.weight.T, None, head.shift.weight.dtype)
 
     def body(self, h, cache=None):
-        return self.fused.run_folded(h[0], self.folded, cache, 0, 1)[None] if self.kind == "block" else h
+        if self.kind != "block":
+            return h
+        x = self.shift.onto(h[0], cache.push(h)[0])
+        return self.fused.run_folded(x, self.blocks, cache, 0, 1)[None]
 
     def output(self, x):
-        return self.fused.output(x, *self.out)
+        return self.fused.output(x, self.out)
 
 
 class Graphed(Fused):
@@ -268,20 +332,20 @@ class Graphed(Fused):
         super().__init__(model)
         self.buffers, self.passes = {}, {}
 
-    def run_folded(self, x, folded, cache, start, stop):
+    def run_folded(self, x, blocks, cache, start, stop):
         T, n = len(x), cache.length[start]
-        owner = folded[0][0].data_ptr() if len(cache.length) == 1 else 0  # a block head has its own cache
+        owner = blocks[0] if len(cache.length) == 1 else None             # a block head has its own cache
         if owner not in self.buffers:
             L, _, _, H, _, K = cache.kv.shape
             self.buffers[owner] = cache.kv.new_zeros(L, 2, 1, H, self.config.max_position_embeddings, K)
         cache.kv = self.buffers[owner]
         if n == 0 or T > 17:                                              # a prompt
-            return super().run_folded(x, folded, cache, start, stop)
+            return super().run_folded(x, blocks, cache, start, stop)
         if n + T > cache.max_len:
             raise InputError(f"{n + T} tokens do not fit in a context of {cache.max_len}; shorten the prompt")
         key = owner, T, start, stop
         if key not in self.passes:
-            self.passes[key] = self.capture(x, folded, cache.kv[start:stop, :, 0])
+            self.passes[key] = self.capture(x, blocks, cache.kv[start:stop, :, 0])
         rows, at, out, replay = self.passes[key]
         rows.copy_(x)
         at.fill_(n)
@@ -289,37 +353,38 @@ class Graphed(Fused):
         cache.length[start:stop] = [n + T] * (stop - start)
         return out.clone()                                                # the next replay overwrites it
 
-    def capture(self, x, folded, kv):
+    def capture(self, x, blocks, kv):
         """(input rows, position, output, replay): buffers of one pass, and what computes the output from them."""
         rows, at, out = x.clone(), torch.zeros(1, dtype=torch.long, device=x.device), torch.empty_like(x)
         if x.device.type != "cuda":
-            return rows, at, out, lambda: out.copy_(self.static(rows, at, folded, kv))
+            return rows, at, out, lambda: out.copy_(self.static(rows, at, blocks, kv))
         side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         kept = kv[..., :len(x), :].clone()                                # the warm-up writes at position 0
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self.static(rows, at, folded, kv)
+            self.static(rows, at, blocks, kv)
         torch.cuda.current_stream().wait_stream(side)
         kv[..., :len(x), :] = kept
         with torch.cuda.graph(graph):
-            out.copy_(self.static(rows, at, folded, kv))
+            out.copy_(self.static(rows, at, blocks, kv))
         return rows, at, out, graph.replay
 
-    def static(self, x, at, folded, kv):
+    def static(self, x, at, blocks, kv):
         """Rows x (T, D) at positions at, at + 1, .. through folded blocks with the caches kv (blocks, 2, H, N, K)."""
         T, D, eps = *x.shape, self.config.layer_norm_eps
         z, pairs, q, new, y, hidden, both = self.step(T, x)
         position = at + torch.arange(T, device=x.device)                  # (T,)
         turn = self.turn.index_select(0, position)
         unseen = torch.arange(kv.shape[-2], device=x.device) > position[:, None]
-        mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill_(unseen, float("-inf"))   # (T, N)
-        for cache, (w1, b1, w2, b2) in zip(kv.unbind(0), folded):
-            torch.addmm(b1, torch.layer_norm(x, (D,), None, None, eps), w1, out=z)
+        mask = torch.zeros_like(unseen, dtype=z.dtype).masked_fill_(unseen, float("-inf"))   # (T, N)
+        for cache, (up, down) in zip(kv.unbind(0), blocks):
+            up.into(z, torch.layer_norm(x, (D,), None, None, eps))
             self.rotate(pairs, turn)
-            cache.index_copy_(2, position, new)
-            y.copy_(torch.bmm(torch.baddbmm(mask, q, cache[0].mT).softmax(-1), cache[1]))
+            cache.index_copy_(2, position, new.to(cache.dtype))
+            k, v = cache.to(z.dtype)                                      # (H, N, K) each
+            y.copy_(torch.bmm(torch.baddbmm(mask, q, k.mT).softmax(-1), v))
             hidden.addcmul_(hidden, torch.erf(hidden))
-            x = torch.addmm(x, both, w2).add_(b2)
+            x = down.onto(x, both.to(x.dtype))
         return x
 
 
@@ -331,6 +396,22 @@ def fast(model, graphs=False):
 
 
 # ---------------------------------------------------------------- statistics
+
+
+def stopwatch(device):
+    """Start timing; the function returned gives the seconds since then, on a GPU by events, for which the host waits."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        return lambda: time.perf_counter() - begin
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    stream = torch.cuda.current_stream(device)
+    begin.record(stream)
+
+    def seconds():
+        end.record(stream)
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+    return seconds
 
 
 @dataclass
@@ -555,20 +636,21 @@ class Decoder:
         self.model, self.ids, self.policy, self.stop, self.stats = model, ids, policy, stop, stats
         self.temperature, self.top_p = temperature, top_p
         self.limit = min(max_new_tokens, model.config.max_position_embeddings - len(ids) + 1)
-        self.generator = torch.Generator(model.embed_in.weight.device)
+        self.device = model.embed_in.weight.device
+        self.generator = torch.Generator(self.device)
         self.generator.seed() if seed is None else self.generator.manual_seed(seed)
         self.frontier = Frontier(model, policy, len(ids) + self.limit, stats)
         self.pending, self.emitted = [], 0                                # pending: drafts (token, depth, q)
 
     def prefill(self):
         """The whole prompt to full depth; the full model's first token."""
-        begin, f = time.perf_counter(), self.frontier
+        seconds, f = stopwatch(self.device), self.frontier
         f.stats = Stats()                                                 # the prompt counts in seconds only
         last = f.prompt(self.ids)[:, -1:]                                 # (1, 1, D)
         f.stats = self.stats
         _, token = verify_drafts(self.model.unembed(last)[0], [], self.temperature, self.top_p, self.generator)
         self.stats.prefills += 1
-        self.stats.prefill_seconds += time.perf_counter() - begin
+        self.stats.prefill_seconds += seconds()
         return token
 
     def draft(self, deep):
@@ -629,9 +711,9 @@ class Decoder:
                 yield token, depth
                 if token == self.stop or self.emitted == self.limit:
                     return
-            begin = time.perf_counter()                                   # the caller's time does not count
+            seconds = stopwatch(self.device)                              # the caller's time does not count
             settled = self.step(token)
-            stats.decode_seconds += time.perf_counter() - begin
+            stats.decode_seconds += seconds()
 
     def step(self, last):
         """One more position after the newest token; returns the tokens that are settled by it, [(token, depth)]."""
@@ -728,9 +810,9 @@ def measure(model, heads, max_rows, repeats=30):
     def clock(step, f):
         times = []
         for _ in range(repeats + 3):                                      # the first three warm up
-            begin = time.perf_counter()
+            seconds = stopwatch(f.cache.kv.device)
             step()
-            times.append(time.perf_counter() - begin)
+            times.append(seconds())
             f.cut(128)
         return 1000 * sorted(times[3:])[repeats // 2]
 
@@ -822,13 +904,14 @@ def tune(model, heads, uncertainty, kept, cost):
     return sorted(found.values(), key=lambda setting: setting[0])
 
 
-def automatic(model, heads, prompts, max_new_tokens=96, temperature=0.0, top_p=1.0, decoder=None):
+def automatic(model, heads, prompts, max_new_tokens=96, temperature=0.0, top_p=1.0, decoder=None, recorded=None):
     """A DSSD policy tuned on the model's own continuations of `prompts` (lists of ids) on this machine.
 
-    The six settings that `tune` expects to be fastest race plain decoding on every third prompt, twice.
+    The six settings that `tune` expects to be fastest race plain decoding on every third prompt, twice. `recorded`: what
+    `record` gave, where it is known already, as from a smaller model of the same function.
     """
     decoder, never = decoder or fast(model), [None] * len(heads.layers)
-    uncertainty, kept = record(model, heads, prompts, max_new_tokens, temperature, top_p, decoder)
+    uncertainty, kept = recorded or record(model, heads, prompts, max_new_tokens, temperature, top_p, decoder)
     found = [f for f in tune(model, heads, uncertainty, kept, measure(decoder, heads, 17)) if f[1] != never][:6]
     entrants = [DSSD(heads, thresholds, cap) for _, thresholds, cap in found] + [DSSD(heads, never, 1)]
     for i, policy in enumerate(entrants):

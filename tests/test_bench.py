@@ -1,7 +1,9 @@
 """Chapter 7: the widened model is the same function, the counted bytes are right, and the benchmark's numbers add up."""
+import argparse
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,15 +75,28 @@ def test_distinct_counts_ngrams():
     assert B.distinct([[1, 2, 3, 4], [1, 2, 3, 4]]) == 0.5 and B.distinct([[1]]) == 0
 
 
-def test_row_dependence_sees_a_dependence(toy):
-    assert 0 <= B.row_dependence(fast(toy)) < 1e-3                        # float32: rounding alone
+def test_row_dependence_sees_a_dependence(toy, capsys):
+    found = B.row_dependence(fast(toy))
+    assert len(found) == 17 and found[0] == 0 and max(found) < 1e-3       # float32: rounding alone
 
     class Odd:                                                            # a row's result depends on the rows beside it
         config, embed_in, new_cache, embed, unembed = (getattr(toy, n) for n in ("config", "embed_in", "new_cache", "embed", "unembed"))
 
         def run(self, x, start, stop, cache):
             return toy.run(x + (x.shape[1] - 1) * torch.linspace(-1, 1, 128), start, stop, cache)
-    assert B.row_dependence(Odd(), 3) > 0.01
+    alone, *together = B.row_dependence(Odd(), 3)
+    assert alone == 0 and min(together) > 0.01
+    B.report_rows(Odd(), "float32")
+    assert "already two rows" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak cannot start anew here")
+def test_peak_memory_is_of_one_policy(monkeypatch, capsys):
+    args, hungry = argparse.Namespace(device="cpu", max_new_tokens=2, seed=0), DSSD(shaken(tiny(), [2]), [1.0])
+    monkeypatch.setattr(B, "generate", lambda _, prompt, n, policy, **options: torch.ones(50 * 2 ** 20 if policy is hungry else 1).sum())
+    peaks = B.peak_memories(None, [Plain(), hungry, EarlyExit(hungry.heads, [1.0])], [1], args, 0.0)
+    assert list(peaks) == ["so far", "Plain", "DSSD", "EarlyExit"] and "GB" in capsys.readouterr().out
+    assert peaks["DSSD"] > peaks["Plain"] + 0.15 and peaks["DSSD"] > peaks["EarlyExit"] + 0.15
 
 
 def test_command_line(tmp_path):
@@ -119,9 +134,11 @@ def test_the_peer_has_the_same_weights():
 def test_growth_and_its_figure(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(B.pace, "__defaults__", (1,))                     # one repeat is enough here
     heads = ExitHeads.load(TOY / "heads-fast.safetensors", toy)
-    found = B.growth(fast(toy), toy, heads, TOY, DSSD(heads, [1.0] * len(heads.layers)), (1, 2))
-    assert [n for n, _, _ in found["width"]] == [128, 256] and [n for n, _, _ in found["context"]][-1] == 1920
+    found = B.growth(fast(toy), toy, heads, TOY, DSSD(heads, [1.0] * len(heads.layers)), (1, 2), 1e9)
+    assert [n for n, *_ in found["width"]] == [128, 256] and [n for n, *_ in found["context"]][-1] == 1920
     assert all(min(row[1:]) > 0 for rows in found.values() for row in rows)
+    (_, _, _, narrow), (_, _, _, wide) = found["width"]
+    assert narrow / 4 < wide < narrow / 3                                 # nearly all bytes are those of the blocks' D x D matrices
     B.draw_growth(tmp_path / "growth.png", found)
     assert (tmp_path / "growth.png").stat().st_size > 5000
 
@@ -189,6 +206,24 @@ def test_scores_equal_every_row_by_itself(kind):
                 for r, thresholds in enumerate(readers):
                     expected = torch.tensor(alone(model, heads, thresholds, ids, n)).T
                     assert torch.allclose(found[:, r].float(), expected.float(), atol=2e-4), (r, ids)
+
+
+@pytest.mark.parametrize("kind", ["linear", "block"])
+def test_what_several_rows_share_is_read_once(kind, monkeypatch):
+    model, rnd = tiny(), random.Random(5)
+    heads, readers, rows, read = shaken(model, [1, 3], kind), [[None, None], [4.0, None]], [], []
+    for length in (1, 9, 9, 20):                                          # questions of so many ids, each with 2 to 4 answers
+        question = [rnd.randrange(96) for _ in range(length)]
+        rows += [(question + [rnd.randrange(96) for _ in range(n)], n) for n in rnd.choices(range(1, 8), k=rnd.randrange(2, 5))]
+    rnd.shuffle(rows)
+    embed = model.embed
+    monkeypatch.setattr(model, "embed", lambda ids: read.append(ids.numel()) or embed(ids))
+    together = B.score(model, heads, readers, rows)
+    widest = [max(n for ids, n in rows if len(ids) - n == length) for length in (1, 9, 20)]
+    padded = sum(len([1 for ids, n in rows if len(ids) - n == length]) * w for length, w in zip((1, 9, 20), widest))
+    assert sum(read) == 8 + 8 + 19 + padded                               # all but each question's last id, which starts its rows
+    for row, found in zip(rows, together):
+        assert torch.allclose(found, B.score(model, heads, readers, [row])[0], atol=1e-4)
 
 
 def test_early_exit_always_and_never_are_an_exit_and_the_full_model():

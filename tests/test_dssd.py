@@ -37,9 +37,70 @@ def test_fused_equals_readable(partial, kind, graphs):
         assert torch.allclose(model.unembed(a), fused.unembed(b), rtol=1e-4, atol=1e-3)
         at += n
     for head in heads.heads:
-        x = torch.randn(1, 5, 32)
         twin = fused.twin(head)
-        assert torch.allclose(head(x, head.new_cache(1, 9)), twin.output(twin.body(x, twin.new_cache(1, 9))), rtol=1e-4, atol=1e-3)
+        own, others = head.new_cache(1, 60), twin.new_cache(1, 60)
+        for n, back_to in ((5, None), (1, 3), (20, None), (2, 9), (1, None), (7, 0)):
+            x = torch.randn(1, n, 32)                                     # read on, or back to an earlier position first
+            if own and back_to is not None:
+                own.truncate(back_to), others.truncate(back_to)
+            assert torch.allclose(head(x, own), twin.output(twin.body(x, others)), rtol=1e-4, atol=1e-3)
+        if own:
+            for reader, cache in ((head, own), (twin, others)):
+                with pytest.raises(InputError, match="61 tokens do not fit"):
+                    reader.body(torch.randn(1, 54, 32), cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n, m", [(40, 24), (256, 300), (1024, 1024)])      # plain, packed, packed and padded to four rows
+def test_products_equal_plain_ones_in_float64(dtype, n, m):
+    torch.manual_seed(0)
+    w, b = torch.randn(n, m, dtype=torch.double).to(dtype).double(), torch.randn(m).to(dtype)
+    for offset in (b, None):
+        product = D.Product(w, offset, dtype)
+        for T in (1, 2, 3, 5, 18):
+            x, rest, out = torch.randn(T, n).to(dtype), torch.randn(T, m).to(dtype), torch.empty(T, m)
+            want = x.double() @ w + (0 if offset is None else offset.double())
+            near = {"rtol": 1e-4 if dtype == torch.float32 else 0.02, "atol": 1e-3 if dtype == torch.float32 else 0.4}
+            assert product(x).shape == (T, m) and product(x).dtype == dtype and torch.allclose(product(x).double(), want, **near)
+            assert torch.allclose(product.onto(rest, x).double(), rest.double() + want, **near)
+            product.into(out, x)
+            assert torch.allclose(out.double(), want, **near)
+            if offset is not None:
+                assert torch.allclose(product.columns(3, 9, x).double(), want[:, 3:9], **near)
+    if D.packs(dtype):
+        assert product.packed == (dtype == torch.bfloat16 or n >= 256)
+
+
+@pytest.mark.parametrize("packed", [True, False])                        # False: as on a machine without packed products
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("wide", [True, False])                          # in float32, wide enough to be packed, or not
+def test_fused_in_bfloat16_and_with_or_without_packed_products(packed, graphs, wide, monkeypatch):
+    if not packed:
+        monkeypatch.setattr(D, "packs", lambda dtype: False)
+    elif not D.packs(torch.bfloat16):
+        pytest.skip("oneDNN has no packed products in bfloat16 here")
+    model = tiny(**{"hidden_size": 256, "intermediate_size": 512} if wide else {})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.35 if wide and p.dim() == 2 else 1)
+    ids, heads = torch.randint(0, 96, (1, 30)), shaken(model, [2], "block")
+    want = generate(model, [1, 2], 30, Plain()).tokens
+    assert generate(fast(model, graphs), [1, 2], 30, DSSD(heads, [2.0])).tokens == want
+    exact, model = model(ids)[0], model.bfloat16()
+    fused, at, parts = fast(model, graphs), 0, []
+    cache, readable = fused.new_cache(1, 30), model(ids)[0]
+    for n in (4, 1, 3, 1, 2, 18, 1):
+        parts.append(fused.unembed(fused.run(fused.embed(ids[:, at:at + n]), 0, 4, cache)))
+        at += n
+    apart = (readable.float() - exact).pow(2).mean().sqrt()               # what bfloat16 itself does
+    assert (torch.cat(parts, 1).float() - exact).pow(2).mean().sqrt() < 1.5 * apart
+    a, b, x = model.new_cache(1, 2), fused.new_cache(1, 2), model.embed(ids[:, :1])
+    model.keys_values(x, 3, a), fused.keys_values(x, 3, b)
+    assert torch.allclose(a.kv[3, 1, ..., :1, :], b.kv[3, 1, ..., :1, :], rtol=0.05, atol=0.05)   # values: keys are reordered
+
+
+def test_unknown_types_are_not_packed():
+    assert not D.packs(torch.float16) and not D.packs(torch.float64)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -120,7 +181,7 @@ def test_cache_after_rejections_equals_a_fresh_one():
         model = tiny(trial, vocab_size=24)
         heads, ids = shaken(model, kind="block" if trial % 2 else "linear"), [rnd.randrange(24) for _ in range(6)]
         policy = DSSD(heads, [2.5, None, 3.0], rnd.randint(1, 6), veto=trial % 3 == 0)
-        decoder = D.Decoder(model, ids, 30, policy, 0.0, 1.0, None, 0, Stats())
+        decoder = D.Decoder(model, ids, 30, policy, 0.0, 1.0, None, 0, Stats())   # the fused twin's head caches are tested above
         text = ids + [token for token, _ in decoder]
         f, fresh = decoder.frontier, model.new_cache(1, 64)
         for head, cache, unread in zip(f.heads, f.head_caches, f.unread):   # what a block head has read is right as well
@@ -326,7 +387,11 @@ def test_automatic_is_lossless_and_costs_are_measured(toy, capsys, monkeypatch):
     monkeypatch.setattr(D, "measure", lambda *_: {"block": [1.0] * 17, "full": [0.5] * 17, "head": [0.1] * 3})
     monkeypatch.setattr(D, "run_in_turn", lambda decoder, entrants, *_, **__: {    # the expected order decides, not the clock
         p.name: [(Stats(emitted=2, decode_seconds=1 + float(p.name)), [])] for p in entrants})
-    policy = D.automatic(toy, heads, held_out_prompts(TOY, 2, split="calibration"), 24)
+    prompts = held_out_prompts(TOY, 2, split="calibration")
+    known = D.record(toy, heads, prompts, 24)
+    policy = D.automatic(toy, heads, prompts, 24)
+    monkeypatch.setattr(D, "record", lambda *_: pytest.fail("recorded again"))
+    assert D.automatic(toy, heads, prompts, 24, recorded=known) == policy
     assert "automatic level: exit" in capsys.readouterr().out and policy.name == "DSSD"
     stats = Stats()
     for ids in held_out_prompts(TOY, 2):

@@ -115,6 +115,20 @@ def test_orthogonalize():
         assert x.shape == shape and 0.6 < s.min() and s.max() < 1.3       # Newton-Schulz steps aim at 1, loosely
 
 
+def test_muon_takes_the_blocks_matrices_and_adamw_all_the_rest():
+    model = tiny()
+    heads = ExitHeads(model, [1, 3], "block")
+    muon = T.Muon([head.block for head in heads.heads])
+    mine, others = [p for stack in muon.stacks for p in stack], muon.others(heads)
+    assert len(mine) == 8 and all(p.dim() == 2 for p in mine)
+    assert sorted(map(id, mine + others)) == sorted(map(id, heads.parameters()))
+    before = [p.clone() for p in heads.parameters()]
+    batches = iter([torch.randint(0, 96, (2, 20)) for _ in range(3)])
+    T.train_heads(model, heads, batches, 3, 1e-3, T.kl, [])
+    assert not any(torch.equal(a, b) for a, b in zip(before, heads.parameters()))
+    assert T.Muon([]).stacks == [] and len(T.Muon([]).others(heads)) == len(before)
+
+
 def test_backbone_training_writes_a_loadable_folder(tmp_path, monkeypatch, capsys):
     some = stdlib_documents()[:60]                                        # few files, so that it takes seconds
     monkeypatch.setattr(T, "stdlib_documents", lambda tests=False: some)
