@@ -794,10 +794,11 @@ def record(model, heads, prompts, max_new_tokens, temperature=0.0, top_p=1.0, de
 
 @torch.inference_mode()
 def measure(model, heads, max_rows, repeats=30):
-    """Milliseconds on this machine: {"block": [.. by rows], "full": [.. by rows], "head": [.. by exit]}.
+    """Milliseconds on this machine: {"block": [.. by rows], "full": [.. by rows], "head", "choice": [.. by exit]}.
 
     block: one block for n = 1 .. max_rows rows at a cache of 128 positions; full: what else a pass of n rows to full
-    depth costs (embedding, unembedding, choice, bookkeeping); head: what else a draft costs. Medians.
+    depth costs (embedding, unembedding, choice, bookkeeping); head: what else a draft costs; choice: the same where the
+    head is always certain, so that its entropy is not needed. Medians.
     """
     M, L = len(heads.layers), model.config.num_hidden_layers
 
@@ -816,7 +817,7 @@ def measure(model, heads, max_rows, repeats=30):
             f.cut(128)
         return 1000 * sorted(times[3:])[repeats // 2]
 
-    cost, f, bare = {"block": [], "full": [], "head": []}, ready([None] * M), ready([None] * M)
+    cost, f, bare = {"block": [], "full": [], "head": [], "choice": []}, ready([None] * M), ready([None] * M)
     bare.bounds = [0, 0]                                                  # a pass through no block at all
     for n in range(1, max_rows + 1):
         x = model.embed(torch.zeros(1, n, dtype=torch.long, device=f.cache.kv.device))
@@ -831,11 +832,12 @@ def measure(model, heads, max_rows, repeats=30):
         f = ready([1.0 if i == m else None for i in range(M)])
         f.bounds[1] = 0
 
-        def draft():
+        def draft(threshold):
             f.push([0])
             f.advance(0)
-            answers_of(f.ask(0), 1.0)
-        cost["head"].append(clock(draft, f))
+            answers_of(f.ask(0), threshold)
+        cost["head"].append(clock(lambda: draft(1.0), f))
+        cost["choice"].append(clock(lambda: draft(float("inf")), f))
     return cost
 
 
@@ -885,6 +887,7 @@ def tune(model, heads, uncertainty, kept, cost):
     """
     M, L = len(heads.layers), model.config.num_hidden_layers
     good = np.random.default_rng(0).random(kept.shape) < kept             # (N, M), kept or not
+    always_cost = {**cost, "head": cost["choice"]}
     found = {None: (L * cost["block"][0] + cost["full"][0], [None] * M, 1)}
     tried = (0.98, 0.95, 0.93, 0.91, 0.89, 0.87, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
     levels = {m: [calibrate(uncertainty[:, m], good[:, m], level) for level in tried] + [float("inf")] for m in range(M)}
@@ -897,8 +900,9 @@ def tune(model, heads, uncertainty, kept, cost):
             first = certain.argmax(1)
             exits = [chosen[f] if any_ else None for f, any_ in zip(first, certain.any(1))]
             hit = good[np.arange(len(good)), [chosen[f] for f in first]].tolist()
+            always_certain = thresholds[chosen[0]] == float("inf")
             for cap in MAX_DRAFTS:
-                ms = replay({m: heads.layers[m] for m in chosen}, L, exits, hit, cap, cost)
+                ms = replay({m: heads.layers[m] for m in chosen}, L, exits, hit, cap, always_cost if always_certain else cost)
                 if (chosen, cap) not in found or ms < found[chosen, cap][0]:
                     found[chosen, cap] = ms, thresholds, cap
     return sorted(found.values(), key=lambda setting: setting[0])
@@ -907,17 +911,20 @@ def tune(model, heads, uncertainty, kept, cost):
 def automatic(model, heads, prompts, max_new_tokens=96, temperature=0.0, top_p=1.0, decoder=None, recorded=None):
     """A DSSD policy tuned on the model's own continuations of `prompts` (lists of ids) on this machine.
 
-    The six settings that `tune` expects to be fastest race plain decoding on every third prompt, twice. `recorded`: what
-    `record` gave, where it is known already, as from a smaller model of the same function.
+    The six settings that `tune` expects to be fastest race plain decoding on every second prompt, twice. What is expected
+    knows more tokens, the race knows the loop itself: the least product of both wins. `recorded`: what `record` gave, where
+    it is known already, as from a smaller model of the same function.
     """
     decoder, never = decoder or fast(model), [None] * len(heads.layers)
     uncertainty, kept = recorded or record(model, heads, prompts, max_new_tokens, temperature, top_p, decoder)
-    found = [f for f in tune(model, heads, uncertainty, kept, measure(decoder, heads, 17)) if f[1] != never][:6]
-    entrants = [DSSD(heads, thresholds, cap) for _, thresholds, cap in found] + [DSSD(heads, never, 1)]
+    found = tune(model, heads, uncertainty, kept, measure(decoder, heads, 17))
+    found = [f for f in found if f[1] != never][:6] + [f for f in found if f[1] == never]
+    entrants = [DSSD(heads, thresholds, cap) for _, thresholds, cap in found]
     for i, policy in enumerate(entrants):
         policy.name = f"{i}"
-    runs = run_in_turn(decoder, entrants, prompts[::3], max_new_tokens, temperature, top_p, repeats=2)
-    winner = min(entrants, key=lambda policy: min(stats.ms_per_token for stats, _ in runs[policy.name]))
+    runs = run_in_turn(decoder, entrants, prompts[::2], max_new_tokens, temperature, top_p, repeats=2)
+    taken = [expected * min(stats.ms_per_token for stats, _ in runs[policy.name]) for policy, (expected, *_) in zip(entrants, found)]
+    winner = entrants[taken.index(min(taken))]
     said = [f"exit {n} below {t:.2f} nats" if t < float("inf") else f"exit {n} always"
             for n, t in zip(heads.layers, winner.thresholds) if t is not None]
     print("automatic level: " + (", ".join(said) + f", at most {winner.max_draft} drafts" if said else

@@ -344,7 +344,7 @@ def test_sampling_is_reproducible_and_top_p_is_the_nucleus():
 
 
 def test_replay_of_plain_decoding_is_the_sum_of_its_parts():
-    cost = {"block": [1.0, 1.5, 2.0], "full": [3.0, 3.0, 3.0], "head": [0.5]}
+    cost = {"block": [1.0, 1.5, 2.0], "full": [3.0, 3.0, 3.0], "head": [0.5], "choice": [0.5]}
     assert D.replay({0: 2}, 6, [None] * 10, [False] * 10, 4, cost) == pytest.approx(6 + 0.5 * 0.9 + 3)   # the last asks none
     # two good drafts per round: 2 shallow steps, then 3 rows through the deep part, for 3 tokens
     ms = D.replay({0: 2}, 6, [0] * 300, [True] * 300, 2, cost)
@@ -356,7 +356,7 @@ def test_replay_counts_what_decoding_counts():
     heads, prompts = shaken(model, [1, 2]), [[i, i + 1] for i in range(12)]
     uncertainty, kept = D.record(model, heads, prompts, 40)
     assert uncertainty.shape == kept.shape == (12 * 39, 2)
-    cost = {"block": [1.0] * 20, "full": [0.0] * 20, "head": [0.0, 0.0]}
+    cost = {"block": [1.0] * 20, "full": [0.0] * 20, "head": [0.0, 0.0], "choice": [0.0, 0.0]}
     exits = [0 if u < 1.5 else None for u in uncertainty[:, 0]]
     ms = D.replay({0: 1}, 4, exits, kept[:, 0].tolist(), 1, cost)         # block time alone, one draft a round
     total = Stats()
@@ -372,19 +372,19 @@ def test_tune_prefers_what_is_cheap():
     kept = (torch.rand(2000, 2, generator=rnd).numpy() > u).astype(float)
     model = tiny()
     heads = ExitHeads(model, [1, 2])
-    cheap = {"block": [1.0] * 17, "full": [0.5] * 17, "head": [0.01, 0.01]}
+    cheap = {"block": [1.0] * 17, "full": [0.5] * 17, "head": [0.01, 0.01], "choice": [0.01, 0.01]}
     found = D.tune(model, heads, u, kept, cheap)
     ms, thresholds, cap = found[0]
     assert any(t is not None for t in thresholds) and ms < 4.5
     assert [f[0] for f in found] == sorted(f[0] for f in found) and (4.5, [None, None], 1) in found
-    dear = {**cheap, "head": [50.0, 50.0]}
+    dear = {**cheap, "head": [50.0, 50.0], "choice": [50.0, 50.0]}
     assert D.tune(model, heads, u, kept, dear)[0] == (4.5, [None, None], 1)   # plain decoding is then the fastest
 
 
 def test_automatic_is_lossless_and_costs_are_measured(toy, capsys, monkeypatch):
     heads, decoder = ExitHeads.load(TOY / "heads-fast.safetensors", toy), fast(toy)
     cost = D.measure(decoder, heads, 3, repeats=3)
-    monkeypatch.setattr(D, "measure", lambda *_: {"block": [1.0] * 17, "full": [0.5] * 17, "head": [0.1] * 3})
+    monkeypatch.setattr(D, "measure", lambda *_: {"block": [1.0] * 17, "full": [0.5] * 17, "head": [0.1] * 3, "choice": [0.1] * 3})
     monkeypatch.setattr(D, "run_in_turn", lambda decoder, entrants, *_, **__: {    # the expected order decides, not the clock
         p.name: [(Stats(emitted=2, decode_seconds=1 + float(p.name)), [])] for p in entrants})
     prompts = held_out_prompts(TOY, 2, split="calibration")
@@ -397,8 +397,8 @@ def test_automatic_is_lossless_and_costs_are_measured(toy, capsys, monkeypatch):
     for ids in held_out_prompts(TOY, 2):
         assert generate(decoder, ids, 24, policy, stats=stats).tokens == generate(decoder, ids, 24, Plain()).tokens
     assert stats.accepted > 0
-    assert {k: len(v) for k, v in cost.items()} == {"block": 3, "full": 3, "head": len(heads.layers)}
-    assert min(cost["block"]) > 0 and min(cost["full"] + cost["head"]) >= 0
+    assert {k: len(v) for k, v in cost.items()} == {"block": 3, "full": 3, "head": len(heads.layers), "choice": len(heads.layers)}
+    assert min(cost["block"]) > 0 and min(cost["full"] + cost["head"] + cost["choice"]) >= 0
 
 
 # ---------------------------------------------------------------- bad input, command line
