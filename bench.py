@@ -29,7 +29,7 @@ heads are as good as the toy's, which says nothing about a real model's; and dep
     python bench.py --model pythia-410m --heads run/heads.safetensors --tasks lambada,piqa --task-dir DIR
     python bench.py --loss-memory                        what training heads costs in memory, chunked and not
 
-The last line of stdout is one JSON object (also --json FILE). Expect about ten minutes on two CPU cores.
+The last line of stdout is one JSON object (also --json FILE). Expect a quarter of an hour on two CPU cores.
 """
 import argparse
 import json
@@ -248,10 +248,10 @@ def table(runs, prompts, bytes_per_second, temperature):
 
 
 def tuned_on(decoder, model, heads, narrow, folder, args, temperature):
-    """The automatic level. What tokens and heads say is recorded on `narrow`, (model, heads) of the same function, which is fast."""
+    """The automatic level; its record is made on `narrow`, (model, heads) of the same function, which is fast."""
     prompts = held_out_prompts(folder, 12, split="calibration")
     recorded = record(*narrow, prompts, 96, temperature, decoder=decoder if narrow[0] is model else None)
-    few = 2 if model.config.hidden_size > 512 else 1                      # the race: a wide model is slow, half the prompts, half as long
+    few = 2 if model.config.hidden_size > 512 else 1                      # a wide model is slow: it races on half, half as long
     return named(automatic(model, heads, prompts[::few], 96 // few, temperature, decoder=decoder, recorded=recorded), "DSSD auto")
 
 
@@ -302,8 +302,8 @@ def compare(decoder, model, heads, narrow, folder, prompts, args, bytes_per_seco
     if not temperature:
         report_gaps(model, prompts, texts, runs["DSSD auto"][0][1], args.dtype)
     setting = {"thresholds": [str(t) if t == float("inf") else t for t in tuned.thresholds], "max_draft": tuned.max_draft}
-    return {"grid": record, "policies": main_record, "peak_memory_gb": peaks, "distinct_4grams": distinct(texts), "best_layerskip": best.name,
-            "automatic": setting}, tuned
+    return {"grid": record, "policies": main_record, "peak_memory_gb": peaks, "distinct_4grams": distinct(texts),
+            "best_layerskip": best.name, "automatic": setting}, tuned
 
 
 def first_gaps(model, prompts, texts, others):

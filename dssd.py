@@ -808,37 +808,36 @@ def measure(model, heads, max_rows, repeats=30):
         f.prompt([0] * 128)
         return f
 
-    def clock(step, f):
-        times = []
-        for _ in range(repeats + 3):                                      # the first three warm up
-            seconds = stopwatch(f.cache.kv.device)
-            step()
-            times.append(seconds())
-            f.cut(128)
-        return 1000 * sorted(times[3:])[repeats // 2]
+    def run_blocks(f, x):
+        model.run(x, 0, L, f.cache)[0, 0, 0].item()
 
-    cost, f, bare = {"block": [], "full": [], "head": [], "choice": []}, ready([None] * M), ready([None] * M)
-    bare.bounds = [0, 0]                                                  # a pass through no block at all
-    for n in range(1, max_rows + 1):
-        x = model.embed(torch.zeros(1, n, dtype=torch.long, device=f.cache.kv.device))
+    def run_the_rest(f, x):
+        f.push([0] * x.shape[1])
+        f.advance(0)
+        model.unembed(f.take())[0].argmax(-1).tolist()
 
-        def no_blocks():
-            bare.push([0] * n)
-            bare.advance(0)
-            model.unembed(bare.take())[0].argmax(-1).tolist()
-        cost["block"].append(clock(lambda: model.run(x, 0, L, f.cache)[0, 0, 0].item(), f) / L)
-        cost["full"].append(clock(no_blocks, bare))
-    for m in range(M):
-        f = ready([1.0 if i == m else None for i in range(M)])
+    def draft(f, threshold):
+        f.push([0])
+        f.advance(0)
+        answers_of(f.ask(0), threshold)
+
+    whole, bare, asked = ready([None] * M), ready([None] * M), [ready([1.0 if i == m else None for i in range(M)]) for m in range(M)]
+    bare.bounds = [0, 0]                                                  # passes through no block at all
+    for f in asked:
         f.bounds[1] = 0
-
-        def draft(threshold):
-            f.push([0])
-            f.advance(0)
-            answers_of(f.ask(0), threshold)
-        cost["head"].append(clock(lambda: draft(1.0), f))
-        cost["choice"].append(clock(lambda: draft(float("inf")), f))
-    return cost
+    rows = [model.embed(torch.zeros(1, n, dtype=torch.long, device=whole.cache.kv.device)) for n in range(1, max_rows + 1)]
+    steps = {"block": [(run_blocks, whole, x) for x in rows], "full": [(run_the_rest, bare, x) for x in rows],
+             "head": [(draft, f, 1.0) for f in asked], "choice": [(draft, f, float("inf")) for f in asked]}
+    times = {name: [[] for _ in own] for name, own in steps.items()}
+    for _ in range(repeats + 3):                                          # in turn: a slow moment of the machine is everyone's
+        for name, own in steps.items():
+            for (step, f, what), spent in zip(own, times[name]):
+                seconds = stopwatch(f.cache.kv.device)
+                step(f, what)
+                spent.append(seconds())
+                f.cut(128)
+    cost = {name: [1000 * sorted(spent[3:])[repeats // 2] for spent in own] for name, own in times.items()}   # three warm up
+    return {**cost, "block": [ms / L for ms in cost["block"]]}
 
 
 def replay(layers, L, exits, good, max_draft, cost):
@@ -894,8 +893,8 @@ def tune(model, heads, uncertainty, kept, cost):
     for chosen in [c for n in (1, 2) for c in itertools.combinations(range(M), n)]:
         for i in range(len(levels[0])):
             thresholds = [levels[m][i] if m in chosen else None for m in range(M)]
-            if any(thresholds[m] is None for m in chosen):
-                continue
+            if any(thresholds[m] is None for m in chosen) or len(chosen) > 1 and thresholds[chosen[0]] == float("inf"):
+                continue                                                  # never consulted, neither heads nor those behind an always certain one
             certain = np.stack([is_certain(uncertainty[:, m], thresholds[m]) for m in chosen], 1)   # (N, 1 or 2)
             first = certain.argmax(1)
             exits = [chosen[f] if any_ else None for f, any_ in zip(first, certain.any(1))]
