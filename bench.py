@@ -250,9 +250,10 @@ def table(runs, prompts, bytes_per_second, temperature):
 def tuned_on(decoder, model, heads, narrow, folder, args, temperature):
     """The automatic level; its record is made on `narrow`, (model, heads) of the same function, which is fast."""
     prompts = held_out_prompts(folder, 12, split="calibration")
-    recorded = record(*narrow, prompts, 96, temperature, decoder=decoder if narrow[0] is model else None)
+    n = min(96, args.max_new_tokens)
+    recorded = record(*narrow, prompts, n, temperature, decoder=decoder if narrow[0] is model else None)
     few = 2 if model.config.hidden_size > 512 else 1                      # a wide model is slow: it races on half, half as long
-    return named(automatic(model, heads, prompts[::few], 96 // few, temperature, decoder=decoder, recorded=recorded), "DSSD auto")
+    return named(automatic(model, heads, prompts[::few], n // few, temperature, decoder=decoder, recorded=recorded), "DSSD auto")
 
 
 def peak_memory(device, restart=False):
@@ -275,7 +276,7 @@ def peak_memories(decoder, policies, prompt, args, temperature):
     return found
 
 
-def compare(decoder, model, heads, narrow, folder, prompts, args, bytes_per_second, temperature):
+def compare(decoder, model, heads, narrow, folder, prompts, args, temperature):
     """One part of the benchmark, greedy or sampled: LayerSkip's whole grid once, then its best beside the other policies."""
     tuned = tuned_on(decoder, model, heads, narrow, folder, args, temperature)
     options, title = {"temperature": temperature, "seed": args.seed}, f"sampled at {temperature}" if temperature else "greedy"
@@ -284,8 +285,9 @@ def compare(decoder, model, heads, narrow, folder, prompts, args, bytes_per_seco
         grid += [named(p, p.name + " tied") for p in grid_of(ExitHeads(model, heads.layers, "tied").requires_grad_(False))]
     print(f"\n{title}: LayerSkip's grid on {len(some)} prompts of "
           f"{len(prompts[0])} tokens x {args.max_new_tokens} new, once")
-    record, stats = table(run_in_turn(decoder, [Plain(), tuned, *grid], some, args.max_new_tokens, repeats=1, **options), some,
-                          bytes_per_second, temperature)
+    runs = run_in_turn(decoder, [Plain(), tuned, *grid], some, args.max_new_tokens, repeats=1, **options)
+    before = bandwidth(args.device)
+    record, stats = table(runs, some, before, temperature)
     own = {p.name: stats[p.name] for p in grid if p.heads is heads}
     print(beside_grid("DSSD auto", stats["DSSD auto"], own))
     best = min(grid, key=lambda p: stats[p.name].ms_per_token)
@@ -293,17 +295,19 @@ def compare(decoder, model, heads, narrow, folder, prompts, args, bytes_per_seco
               for kind in (EarlyExit, DSSD) for level in (0.80, 0.90, 0.95)]
     policies = [Plain(), *levels, best, tuned]
     runs = run_in_turn(decoder, policies, prompts, args.max_new_tokens, repeats=args.repeats, **options)
+    after = bandwidth(args.device)                                        # on a shared machine it changes
     texts = runs["Plain"][0][1]
     print(f"\n{title}: {len(prompts)} prompts x {args.max_new_tokens} new "
           f"tokens, {args.repeats} repeats; {distinct(texts):.0%} of the 4-grams in Plain's text are distinct; prefill "
-          f"{1000 * runs['Plain'][0][0].prefill_seconds / len(prompts):.1f} ms")
-    main_record, _ = table(runs, prompts, bytes_per_second, temperature)
+          f"{1000 * runs['Plain'][0][0].prefill_seconds / len(prompts):.1f} ms; memory read at {before / 1e9:.1f} GB/s before and "
+          f"{after / 1e9:.1f} after, the roofline is by the mean")
+    main_record, _ = table(runs, prompts, (before + after) / 2, temperature)
     peaks = peak_memories(decoder, policies, prompts[0], args, temperature)
     if not temperature:
         report_gaps(model, prompts, texts, runs["DSSD auto"][0][1], args.dtype)
     setting = {"thresholds": [str(t) if t == float("inf") else t for t in tuned.thresholds], "max_draft": tuned.max_draft}
     return {"grid": record, "policies": main_record, "peak_memory_gb": peaks, "distinct_4grams": distinct(texts),
-            "best_layerskip": best.name, "automatic": setting}, tuned
+            "best_layerskip": best.name, "automatic": setting, "gigabytes_per_second": (before + after) / 2e9}, tuned
 
 
 def first_gaps(model, prompts, texts, others):
@@ -658,7 +662,7 @@ def main():
     differences = report_rows(decoder, args.dtype)
     parts, tuned = {}, {}
     for title, temperature in (("greedy", 0.0), ("sampled at 0.8", 0.8)):
-        parts[title], tuned[title] = compare(decoder, model, heads, narrow, folder, prompts, args, bytes_per_second, temperature)
+        parts[title], tuned[title] = compare(decoder, model, heads, narrow, folder, prompts, args, temperature)
     record = {"machine": machine, "gigabytes_per_second": bytes_per_second / 1e9, "cost_ms": cost, "row_dependence": differences, **parts}
     if args.device == "cuda":
         print(f"\nwith CUDA graphs, greedy: {len(prompts)} prompts x {args.max_new_tokens} new tokens, {args.repeats} repeats")

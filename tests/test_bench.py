@@ -111,7 +111,7 @@ def test_command_line(tmp_path):
         assert policies["Plain"]["x_plain"] == 1 and policies["Plain"]["acceptance"] is None
         for name, row in policies.items():
             assert row["min_ms"] == row["ms_per_token"] == row["max_ms"] > 0   # of one repeat
-            assert row["roofline"] == pytest.approx(row["bytes_per_token"] / record["gigabytes_per_second"] / 1e6 / row["ms_per_token"])
+            assert row["roofline"] == pytest.approx(row["bytes_per_token"] / record[part]["gigabytes_per_second"] / 1e6 / row["ms_per_token"])
             assert row["x_plain"] == pytest.approx(policies["Plain"]["ms_per_token"] / row["ms_per_token"])
             if part == "greedy" and not name.startswith("EarlyExit"):
                 assert row["same_tokens"] == 1
