@@ -37,6 +37,7 @@ import multiprocessing
 import platform
 import resource
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -503,12 +504,14 @@ def score(model, heads, readers, rows, name="rows", batch_tokens=2048):
     outputs = [[0 if t is None else head.cost() for head, t in zip(own, r)] + [full_cost(model) - L] for r in readers]
     costs = [torch.tensor(token_costs([*exits, L], output)) for output in outputs]       # (M + 1,) per reader
     before = [tuple(ids[:-n - 1]) for ids, n in rows]                     # the last id before is the first input of its row
-    order, found = sorted(range(len(rows)), key=lambda i: (len(before[i]), before[i])), {}
+    often = Counter(before)
+    before = [prefix if often[prefix] > 1 else () for prefix in before]   # what one row alone has is not worth a pass of its own
+    order, found = sorted(range(len(rows)), key=lambda i: (len(before[i]), before[i], -len(rows[i][0]))), {}
     progress = Progress(len(rows), "sequences")
     while len(found) < len(rows):
         P = len(before[order[len(found)]])
         part = [i for i in order[len(found):][:max(1, batch_tokens // (P + 1))] if len(before[i]) == P]
-        T = max(rows[i][1] for i in part)
+        T = max(len(rows[i][0]) for i in part) - 1 - P                    # inputs of the longest
         part = part[:max(1, batch_tokens // (P + T))]
         prefixes = list(dict.fromkeys(before[i] for i in part))           # the distinct ones
         caches = [m.new_cache(len(prefixes), P + T) for m in (model, *own)]
@@ -517,8 +520,9 @@ def score(model, heads, readers, rows, name="rows", batch_tokens=2048):
         for cache in filter(None, caches):                                # from one entry per prefix to one per row
             cache.pick([prefixes.index(before[i]) for i in part])
         ids = pad_sequence([torch.tensor(rows[i][0][P:]) for i in part], batch_first=True).to(device)   # on the right
-        n = torch.tensor([rows[i][1] for i in part], device=device)       # (B,)
-        scored = torch.arange(ids.shape[1] - 1, device=device) < n[:, None]   # (B, T), before the padding, so blind to it
+        end, n = torch.tensor([(len(rows[i][0]) - 1 - P, rows[i][1]) for i in part], device=device).T[:, :, None]   # (B, 1)
+        place = torch.arange(ids.shape[1] - 1, device=device)
+        scored = (place >= end - n) & (place < end)                       # (B, T), before the padding, so blind to it
         bodies, target = read_on(model, heads, ids[:, :-1], caches), ids[:, 1:][scored]   # (B, T, D) each; (S,)
         seen, read, every = [], [], torch.arange(len(target))
         for head, h in zip((*own, None), bodies):                         # logits (S, V) of one head at a time
@@ -529,7 +533,7 @@ def score(model, heads, readers, rows, name="rows", batch_tokens=2048):
         for reader, cost in zip(readers, costs):
             at = torch.stack([*map(is_certain, seen[2], reader), every >= 0]).int().argmax(0)   # (S,) the first certain
             read.append(torch.stack((*seen[:2, at, every], cost[at])))
-        found.update(zip(part, torch.stack(read, 1).split(n.tolist(), -1)))
+        found.update(zip(part, torch.stack(read, 1).split(n.flatten().tolist(), -1)))
         progress.show(len(found), f"scoring {name}")
     return [found[i] for i in range(len(rows))]
 

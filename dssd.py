@@ -161,7 +161,7 @@ class Product:
 
 
 def fold(block, R):
-    """A parallel block as two products: w1 (D, 3D + I), b1, w2 (D + I, D), b2, in float64.
+    """A parallel block as two Products: w1 (D, 3D + I) and b1, then w2 (D + I, D) and b2, folded in float64.
 
     The affine parts of both LayerNorms go into w1, so one plain normalisation serves both; the rows of q, k, v
     are regrouped from per-head to per-kind; attention's output sits beside the MLP's hidden layer before w2.
@@ -186,13 +186,8 @@ def fold(block, R):
     half = 0.5 ** 0.5                                                     # GELU(h) = g (1 + erf g) / sqrt(2), g = h / sqrt(2)
     w1, b1 = torch.cat((w, up * half)).T, torch.cat((b, up_b * half))     # (D, 3D + I), (3D + I,)
     w2 = torch.cat((attention.dense.weight.double(), mlp.dense_4h_to_h.weight.double() * half), 1).T   # (D + I, D)
-    return w1, b1, w2, attention.dense.bias + mlp.dense_4h_to_h.bias
-
-
-def folded(block, R):
-    """The block's two Products."""
-    w1, b1, w2, b2 = fold(block, R)
-    return Product(w1, b1, b2.dtype), Product(w2, b2, b2.dtype)
+    dtype = attention.dense.weight.dtype
+    return Product(w1, b1, dtype), Product(w2, attention.dense.bias + mlp.dense_4h_to_h.bias, dtype)
 
 
 class Fused:
@@ -206,7 +201,7 @@ class Fused:
         c = self.config = model.config
         self.embed_in, self.new_cache = model.embed_in, model.new_cache
         R = int(c.hidden_size // c.num_attention_heads * c.rotary_pct)
-        self.blocks = [folded(block, R) for block in model.layers]
+        self.blocks = [fold(block, R) for block in model.layers]
         self.out = self.fold_output(model.final_layer_norm, model.embed_out)
         cos, sin = model.angles(0, c.max_position_embeddings, model.embed_in.weight.float())
         self.turn = torch.complex(cos, sin)[..., :R // 2]                 # (context, 1, R / 2)
@@ -243,8 +238,7 @@ class Fused:
     def run_folded(self, x, blocks, cache, start, stop):
         """Rows x (T, D) through folded blocks start .. stop - 1 of a cache."""
         T, D, n = len(x), x.shape[1], cache.length[start]
-        if n + T > cache.max_len:
-            raise InputError(f"{n + T} tokens do not fit in a context of {cache.max_len}; shorten the prompt")
+        cache.check_room(n + T)
         z, pairs, q, new, y, hidden, both = self.step(T, x)
         kv, turn, eps = cache.kv[start:stop, :, 0], self.turn[n:n + T], self.config.layer_norm_eps
         mask = None if T == 1 else z.new_full((T, n + T), float("-inf")).triu(n + 1)
@@ -307,7 +301,7 @@ class FusedHead:
         self.fused, self.kind, self.new_cache = fused, head.kind, head.new_cache
         self.out = fused.fold_output(head.norm, head.backbone[0].embed_out if head.kind == "tied" else head.out)
         if head.kind == "block":
-            self.blocks = [folded(head.block, 2 * fused.turn.shape[-1])]
+            self.blocks = [fold(head.block, 2 * fused.turn.shape[-1])]
             self.shift = Product(head.shift.weight.T, None, head.shift.weight.dtype)
 
     def body(self, h, cache=None):
@@ -341,8 +335,7 @@ class Graphed(Fused):
         cache.kv = self.buffers[owner]
         if n == 0 or T > 17:                                              # a prompt
             return super().run_folded(x, blocks, cache, start, stop)
-        if n + T > cache.max_len:
-            raise InputError(f"{n + T} tokens do not fit in a context of {cache.max_len}; shorten the prompt")
+        cache.check_room(n + T)
         key = owner, T, start, stop
         if key not in self.passes:
             self.passes[key] = self.capture(x, blocks, cache.kv[start:stop, :, 0])

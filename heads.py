@@ -119,8 +119,7 @@ class BlockCache(KVCache):
     def push(self, h):
         """Keep the states h of the next positions (B, T, D); return those of the positions before them (B, T, D)."""
         n, T = self.length[0], h.shape[1]
-        if n + T > self.max_len:
-            raise InputError(f"{n + T} tokens do not fit in a context of {self.max_len}; shorten the prompt")
+        self.check_room(n + T)
         self.seen[:, n + 1:n + 1 + T] = h
         return self.seen[:, n:n + T]
 

@@ -145,6 +145,11 @@ class KVCache:
         self.length[block] = end
         return self.kv[block, :, :, :, :end]
 
+    def check_room(self, n):
+        """InputError unless n positions fit."""
+        if n > self.max_len:
+            raise InputError(f"{n} tokens do not fit in a context of {self.max_len}; shorten the prompt")
+
     def truncate(self, n):
         """Forget every position from n on, in every block."""
         self.length = [min(n, m) for m in self.length]
