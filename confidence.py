@@ -1,53 +1,59 @@
-"""Chapter 3. Knowing when to stop: measures of uncertainty, how well they separate, and calibration.
+"""Chapter 3. Knowing when to stop: measures of uncertainty, how well they separate, calibration.
 
-An exit head proposes a token. Is it the one that the full model would choose? The labels are free, because
-nothing but the model is asked ("correct" means: the head's argmax equals the full model's argmax), and the
-answer at run time is one comparison (arXiv 2407.21082, confidence metrics and calibration):
+An exit head proposes a token. Would the full model choose the same one? The full model itself gives
+the labels: a head's token is called correct when it is the full model's most likely token. So
+calibration needs text, but no annotation. At run time the answer is one comparison (arXiv
+2407.21082, confidence metrics and calibration):
 
     exit  <=>  uncertainty(logits) < threshold                              is_certain
 
-1. The measure. For p = softmax(logits), p1 >= p2 the two largest, z1 >= z2 their logits:
-       entropy  -sum p ln p  (nats)      one_minus_max  1 - p1      negative_margin     p2 - p1
-       negative_logit_gap  z2 - z1       negative_max_logit  -z1    topk_entropy  entropy of the k largest
-2. The separation. AUROC = P(a wrong token is more uncertain than a right one). Risk-coverage: of the i most
-   certain of n tokens, coverage i/n, risk r(i) = the share that is wrong; AURC = mean of r(i) over i.
-3. The threshold, for a level a. A(i) = 1 - r(i) is the agreement of the i most certain tokens:
-       plain       the largest i with A(i) >= a (the paper's max-coverage); right on average, not always
-       certified   P(agreement on new tokens < a) <= delta, by exact binomial tests from strict to loose
-                   ("learn then test", Angelopoulos et al. 2021; our addition)
-       conditional head l on the tokens that no shallower head has taken, as in decoding (our addition)
+1. The measure. Let p = softmax(logits), with p1 >= p2 the two largest and z1 >= z2 their logits.
+       entropy  -sum p ln p (nats)    max_probability  1 - p1      margin        p2 - p1
+       logit_gap  z2 - z1             max_logit  -z1               topk_entropy  of the k largest
+   Every measure is lower when the head is more certain.
+2. The separation. A good measure puts the wrong tokens last. Order n tokens from certain to
+   uncertain. The risk r(i) is the share of wrong ones among the first i; i / n is the coverage.
+       AUROC = P(a wrong token is more uncertain than a right one)          higher is better
+       AURC  = mean of r(i) over i = 1 .. n                                 lower is better
+3. The threshold for a level a, the agreement with the full model that we want.
+       plain        the loosest threshold below which 1 - r(i) >= a (the paper's max-coverage)
+       in a cascade the same thresholds, when each head sees only what the shallower heads pass on
+       conditional  each head calibrated on just those tokens (our addition)
+   appendix/certified.py adds a guarantee for samples of limited size.
 
-    python confidence.py                    # the toy in toy/: the tables below and confidence.png
-    python confidence.py --figure ''        # the tables alone
-Expect a table of measures by exits, a table of levels asked and agreement obtained on held-out text,
-and a line that says whether entropy separates best, as the paper finds on Pythia.
+    python confidence.py                            # the two tables on the toy's heads
+    python confidence.py --figure separation.png    # and the figure
+Expect a table of measures by exits, a line that says which measure separates best, and a table of
+the levels asked for and the agreement obtained on text that calibration has not seen.
 
 Letters: B batch, T positions, V vocabulary, n tokens, M exits.
 """
 import argparse
 import math
-import os
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-# ---------------------------------------------------------------- measures: logits (..., V) -> (...), float32
-# All are lower when more certain. A row with a logit of NaN or +inf is +inf: never certain. -inf is a token ruled out.
+# ------------------------------------------------------------ measures of uncertainty
+# logits (..., V) -> (...), float32. A logit of -inf is a token that is ruled out.
 
 
 def never_certain_if_broken(uncertainty):
+    """Puts +inf, which is never certain, in the place of NaN and of infinite values."""
     return uncertainty.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
 
 
 def probabilities(logits):
-    return logits.softmax(-1, dtype=torch.float32)                        # (..., V)
+    """softmax in float32, whatever the logits are."""
+    return logits.softmax(-1, dtype=torch.float32)                # (..., V)
 
 
 def entropy(logits):
     """Shannon entropy in nats, 0 .. ln V."""
-    return never_certain_if_broken(torch.special.entr(probabilities(logits)).sum(-1))   # entr(p) = -p ln p, 0 at 0
+    terms = torch.special.entr(probabilities(logits))             # (..., V), -p ln p, 0 at p = 0
+    return never_certain_if_broken(terms.sum(-1))
 
 
 def one_minus_max(logits):
@@ -56,346 +62,299 @@ def one_minus_max(logits):
 
 
 def negative_margin(logits):
-    """Second largest minus largest probability ("breaking ties"), -1 .. 0; V >= 2."""
-    top = probabilities(logits).topk(2).values                            # (..., 2)
+    """Second largest minus largest probability ("breaking ties"), -1 .. 0. Needs V >= 2."""
+    top = probabilities(logits).topk(2).values                    # (..., 2)
     return never_certain_if_broken(top[..., 1] - top[..., 0])
 
 
 def negative_logit_gap(logits):
-    """Second largest minus largest logit: the log of p2 / p1, at most 0; V >= 2. Needs no softmax."""
-    top = logits.topk(2).values.float()                                   # (..., 2)
-    return never_certain_if_broken(top[..., 1].clamp(min=-1e38) - top[..., 0])
+    """Second largest minus largest logit: ln(p2 / p1), at most 0. V >= 2; needs no softmax."""
+    top = logits.topk(2).values.float()                           # (..., 2)
+    second = top[..., 1].clamp(min=-1e38)                         # finite if one token is left
+    return never_certain_if_broken(second - top[..., 0])
 
 
 def negative_max_logit(logits):
-    """Minus the largest logit. The one measure that a constant added to all logits changes."""
+    """Minus the largest logit. A constant added to all logits changes this measure alone."""
     return never_certain_if_broken(-logits.amax(-1).float())
 
 
 def topk_entropy(logits, k=10):
-    """Entropy in nats of the k largest probabilities scaled to sum 1, 0 .. ln k; no pass over V but the search."""
+    """Entropy in nats, 0 .. ln k, of the k largest probabilities scaled so that they sum to 1."""
     return entropy(logits.topk(min(k, logits.shape[-1])).values)
 
 
-MEASURES = {f.__name__: f for f in (entropy, one_minus_max, negative_margin, negative_logit_gap, negative_max_logit,
-                                    topk_entropy)}
+MEASURES = {
+    "entropy": entropy,
+    "max_probability": one_minus_max,
+    "margin": negative_margin,
+    "logit_gap": negative_logit_gap,
+    "max_logit": negative_max_logit,
+    "topk_entropy": topk_entropy,
+}
+
+
+def unit_of(name):
+    """The unit of a measure's thresholds: "nats" for the entropies, else ""."""
+    if name in ("entropy", "topk_entropy"):
+        return "nats"
+    return ""
 
 
 def is_certain(uncertainty, threshold):
-    """The decision rule, at run time and in calibration: strictly below the threshold. None means never.
+    """The decision rule, at run time and in calibration: strictly below the threshold.
 
-    uncertainty: number, array or tensor; the answer is of its kind, boolean. NaN and +inf are never certain.
+    A threshold of None means never. uncertainty: a number, array or tensor.
+    The answer is of its kind, boolean. NaN and +inf are never certain.
     """
-    return uncertainty < (-math.inf if threshold is None else threshold)
+    if threshold is None:
+        threshold = -math.inf
+    return uncertainty < threshold
 
 
-# ---------------------------------------------------------------- separation
+# ------------------------------------------------------------ separation
 
 
 def checked(uncertainty, correct):
-    """Both as arrays (n,): float32, as the measures return, so that no threshold moves, and bool. NaN becomes +inf."""
-    u, c = np.asarray(uncertainty, dtype=np.float32), np.asarray(correct)
-    if u.ndim != 1 or u.shape != c.shape:
-        raise ValueError(f"uncertainty and correct must be two vectors of one length, not {u.shape} and {c.shape}")
-    if c.dtype != bool and not np.isin(c, (0, 1)).all():
+    """Both as arrays (n,): float32, as the measures return, and bool. NaN becomes +inf.
+
+    ValueError: they are not two vectors of one length, or correct holds more than true and false.
+    """
+    uncertainty, correct = np.asarray(uncertainty, dtype=np.float32), np.asarray(correct)
+    if uncertainty.ndim != 1 or uncertainty.shape != correct.shape:
+        raise ValueError(f"uncertainty and correct must be two vectors of one length, "
+                         f"not {uncertainty.shape} and {correct.shape}")
+    if correct.dtype != bool and not np.isin(correct, (0, 1)).all():
         raise ValueError("correct must hold only true and false (or 1 and 0), one per token")
-    return np.where(np.isnan(u), np.float32(np.inf), u), c.astype(bool)
+    uncertainty = np.where(np.isnan(uncertainty), np.float32(np.inf), uncertainty)
+    return uncertainty, correct.astype(bool)
 
 
 def cumulate(uncertainty, correct):
-    """Distinct uncertainties in ascending order; up to and with each: the tokens, and the right ones among them."""
+    """Tokens of one uncertainty stay together. -> values, count, right, each (distinct values,).
+
+    values: the distinct uncertainties in ascending order. count: how many tokens are at most that
+    uncertain. right: how many of these are correct.
+    """
     values, which, new = np.unique(uncertainty, return_inverse=True, return_counts=True)
-    return values, new.cumsum(), np.bincount(which, correct, len(values)).cumsum()
+    new_right = np.bincount(which, correct, len(values))
+    return values, new.cumsum(), new_right.cumsum()
 
 
 @dataclass
 class Separation:
     """How well an uncertainty tells wrong tokens from right ones; all between 0 and 1."""
-    auroc: float           # P(wrong is more uncertain than right), ties count half (Mann-Whitney); NaN if all are alike
-    auprc: float           # mean precision of "the most uncertain are wrong" over the errors; NaN without errors
+    auroc: float           # P(wrong is more uncertain than right), ties half; NaN if all are alike
     aurc: float            # area under the risk-coverage curve, lower is better
-    excess_aurc: float     # aurc minus that of the ideal order, which puts every right token first
-    coverage: np.ndarray   # (distinct values,) share of tokens at most this uncertain
+    coverage: np.ndarray   # (distinct values,) share of tokens that are at most this uncertain
     risk: np.ndarray       # (distinct values,) share of wrong ones among them
 
 
 def separation(uncertainty, correct):
-    """uncertainty (n,), correct (n,) -> Separation. Tied tokens enter the areas as if in random order (the mean over
-    all orders of r(i)), and the curves as one step. Raises ValueError without tokens."""
+    """uncertainty (n,), correct (n,) -> Separation. ValueError without tokens.
+
+    Tied tokens enter the two areas as if in random order, and the curve as one step.
+    """
     values, count, right = cumulate(*checked(uncertainty, correct))
-    if not len(count):
+    if len(count) == 0:
         raise ValueError("separation needs at least one token")
-    wrong, n = count - right, count[-1]
+    n, wrong = count[-1], count - right
+    # AUROC: for each wrong token, the right ones strictly below it and half of those tied with it
     new_right, new_wrong = np.diff(right, prepend=0), np.diff(wrong, prepend=0)
-    errors = wrong[-1]
-    rights_below = right - new_right / 2                                  # strictly, and half of the ties
-    precision = (errors - wrong + new_wrong) / (n - count + np.diff(count, prepend=0))   # among the tokens >= value
+    right_below = right - new_right / 2
+    pairs = right[-1] * wrong[-1]
+    auroc = new_wrong @ right_below / pairs if pairs else math.nan
+    # AURC: within a tie, the expected number of wrong ones among the first i grows linearly
     i = np.arange(1, n + 1)
-    aurc = (np.interp(i, np.append(0, count), np.append(0, wrong)) / i).mean()
-    ideal = (np.maximum(0, i - right[-1]) / i).mean()
+    wrong_among = np.interp(i, np.append(0, count), np.append(0, wrong))
     return Separation(
-        auroc=float(new_wrong @ rights_below / (errors * right[-1])) if errors and right[-1] else math.nan,
-        auprc=float(new_wrong @ precision / errors) if errors else math.nan,
-        aurc=float(aurc), excess_aurc=float(aurc - ideal), coverage=count / n, risk=wrong / count)
+        auroc=float(auroc),
+        aurc=float((wrong_among / i).mean()),
+        coverage=count / n,
+        risk=wrong / count)
 
 
-# ---------------------------------------------------------------- calibration
+# ------------------------------------------------------------ calibration
 
 
-def check_level(level, delta=0.5):
-    if not (0 < level <= 1 and 0 < delta < 1):
-        raise ValueError(f"level must be in (0, 1] and delta in (0, 1), not {level} and {delta}")
+def check_level(level):
+    """ValueError unless a level is in (0, 1]."""
+    if not 0 < level <= 1:
+        raise ValueError(f"level must be in (0, 1], not {level}")
 
 
 def calibrate(uncertainty, correct, level):
-    """Plain calibration, max-coverage: the loosest threshold whose tokens agree at least at `level` (2407.21082).
+    """Plain calibration: the loosest threshold below which the tokens agree at least at `level`.
 
-    uncertainty (n,), correct (n,) -> float, or None where no number of tokens reaches the level. Tokens of one
-    uncertainty stay together: the threshold is the float32 next above the last accepted value.
+    This is max-coverage of 2407.21082: the largest i with 1 - r(i) >= level. It promises nothing
+    for new tokens: there the agreement may be somewhat below the level.
 
-    The other rules in the authors' code are left out, after trials on simulated heads (500 and 20,000 tokens): the
-    smallest i stops at the first tokens (coverage at most 1 %); the midpoint to the next value is the same threshold
-    (coverage equal to 0.1 %, as many violations); Platt's sigmoid holds only where agreement is a sigmoid of u:
-    elsewhere it gave up 2 to 8 points of coverage, and read as the last token's own probability, 24 or more.
+    uncertainty (n,), correct (n,) -> float, or None where no number of tokens reaches the level.
+    Tokens of one uncertainty stay together. The threshold is the float32 next above the last
+    accepted value, so that is_certain accepts exactly the tokens counted here.
+    ValueError: a level outside (0, 1].
     """
     check_level(level)
     values, count, right = cumulate(*checked(uncertainty, correct))
-    good = np.flatnonzero((right / count >= level) & (values < np.inf))
-    return float(np.nextafter(values[good[-1]], np.float32(np.inf))) if len(good) else None
-
-
-def binomial_tail(successes, trials, p):
-    """P(X >= successes) for X ~ Binomial(trials, p), 0 < p < 1: the exact sum, in logarithms against underflow.
-
-    The Clopper-Pearson lower bound with confidence 1 - delta is the p at which this is delta; so the bound is at least
-    `level` exactly when binomial_tail(successes, trials, level) <= delta.
-    """
-    n, x = int(trials), int(successes)
-    i = np.arange(x, n)
-    ratios = np.log((n - i) / (i + 1)) + math.log(p) - math.log1p(-p)     # ln of P(X = i + 1) / P(X = i)
-    first = (math.lgamma(n + 1) - math.lgamma(x + 1) - math.lgamma(n - x + 1)
-             + x * math.log(p) + (n - x) * math.log1p(-p))                # ln P(X = successes)
-    logs = first + np.append(0, np.cumsum(ratios))
-    return min(1.0, math.exp(logs.max()) * float(np.exp(logs - logs.max()).sum()))
-
-
-STEPS, STARTS, PLACING = 100, 5, 0.2   # thresholds tried, places where a sequence of tests starts, share for the grid
-
-
-def calibrate_certified(uncertainty, correct, level, delta=0.05, groups=None, seed=0):
-    """A threshold below which new tokens agree at least at `level`, with probability 1 - delta over the calibration.
-
-    uncertainty (n,), correct (n,), groups (n,) or None -> float, or None where nothing could be certified.
-
-    1. A random fifth of the tokens places up to STEPS thresholds at its quantiles, its labels unread. For the other
-       four fifths these are constants: of the n tokens below a threshold, Binomial(n, true agreement) are right.
-    2. The thresholds are tested from strict to loose, exactly (binomial_tail). A test with error alpha that is passed
-       hands its alpha to the next one; one that fails loses it. delta is dealt out in equal shares at STARTS places,
-       which is fixed-sequence testing with fallback (Wiens 2003). A single start at the strict end can die for
-       good on a few unlucky tokens: in trials where the most certain tokens were not the best, it found nothing.
-       The probability that any threshold below its level is accepted is at most delta.
-    3. The loosest *accepted* threshold is returned. The first start expects twice the ln delta / ln level tokens
-       that could pass with no error at all; where there are not that many, or the level is 1, the answer is None.
-
-    This needs independent tokens drawn as the later ones are. Tokens of one document depend on each other: n of them
-    say less than n, and violations become more frequent than delta. Remedy: `groups`, the document or block of each
-    token; one token of each, drawn with the seed, is kept. The promise then is about a random token of a random group.
-    One promise covers one head at one level; give M heads delta / M each to have all M at once.
-    """
-    check_level(level, delta)
-    u, c = checked(uncertainty, correct)
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(u))
-    if groups is not None:
-        if np.shape(groups) != u.shape:
-            raise ValueError(f"groups must name the document or block of each of the {len(u)} tokens")
-        order = rng.permutation(order[np.unique(np.asarray(groups)[order], return_index=True)[1]])
-    placing, testing = np.split(order, [round(PLACING * len(order))])
-    needed = 2 * math.log(delta) / math.log(level) if level < 1 else math.inf
-    if needed > len(testing) or not len(placing):
+    enough = (right / count >= level) & (values < np.inf)
+    if not enough.any():
         return None
-    shares = np.geomspace(needed / len(testing), 1, STEPS)
-    grid = np.sort(u[placing])[np.ceil(shares * (len(placing) - 1)).astype(int)]
-    grid = np.unique(grid[grid < np.inf])
-    deal = {len(grid) * s // STARTS for s in range(STARTS)}               # where a share of delta is dealt out
-    values, count, right = cumulate(u[testing], c[testing])
-    below = np.searchsorted(values, grid)                                 # distinct values with u < threshold
-    accepted, alpha = None, 0
-    for step, (threshold, j) in enumerate(zip(grid, below)):
-        alpha += delta / len(deal) if step in deal else 0
-        if alpha and j and binomial_tail(right[j - 1], count[j - 1], level) <= alpha:
-            accepted = float(threshold)
-        else:
-            alpha = 0
-    return accepted
+    last = values[enough][-1]
+    return float(np.nextafter(last, np.float32(np.inf)))
 
 
 def calibrate_conditional(uncertainties, correct, level):
-    """Plain calibration of each head on the tokens that reach it: those that no shallower head is certain of.
+    """Plain calibration of each head on the tokens that no shallower head is certain of.
 
-    uncertainties (n, M) and correct (n, M), shallow to deep -> [float or None] * M. Heads calibrated on all tokens
-    promise less in a cascade: the easy tokens, on which a deep head would agree, have left before.
+    These are the tokens that reach it. A head that is calibrated on all tokens promises too much in
+    a cascade: the easy tokens, on which it would agree, have left before.
+
+    uncertainties (n, M) and correct (n, M), shallow to deep -> [float or None] * M.
     """
-    u, correct = np.asarray(uncertainties, dtype=np.float32), np.asarray(correct)
-    if u.ndim != 2 or u.shape != correct.shape:
-        raise ValueError(f"uncertainties and correct must both be (n, M), not {u.shape} and {correct.shape}")
-    waiting, thresholds = np.ones(len(u), dtype=bool), []
-    for column, right in zip(u.T, correct.T):
-        thresholds.append(calibrate(column[waiting], right[waiting], level))
-        waiting &= ~is_certain(column, thresholds[-1])
+    uncertainties, correct = np.asarray(uncertainties, dtype=np.float32), np.asarray(correct)
+    if uncertainties.ndim != 2 or uncertainties.shape != correct.shape:
+        raise ValueError(f"uncertainties and correct must both be (n, M), "
+                         f"not {uncertainties.shape} and {correct.shape}")
+    waiting, thresholds = np.ones(len(correct), dtype=bool), []
+    for u, right in zip(uncertainties.T, correct.T):
+        threshold = calibrate(u[waiting], right[waiting], level)
+        thresholds.append(threshold)
+        waiting &= ~is_certain(u, threshold)
     return thresholds
 
 
-# ---------------------------------------------------------------- what this chapter shows on the toy
+def obtained(uncertainty, correct, threshold, waiting=True):
+    """What one head does at a threshold -> (agreement, coverage), both 0 .. 1.
+
+    agreement: the share of correct ones among the tokens that exit, NaN if none does.
+    coverage: the share of all tokens that exit. Tokens can exit only where `waiting` is true.
+    uncertainty (n,) float32, correct (n,) bool.
+    """
+    leaves = is_certain(uncertainty, threshold) & waiting
+    agreement = float(correct[leaves].mean()) if leaves.any() else math.nan
+    return agreement, float(leaves.mean())
+
+
+def cascade(uncertainties, correct, thresholds):
+    """What each head does when all decide one after the other -> [(agreement, coverage)] * M.
+
+    A head sees what no shallower head has taken; coverage is still a share of all tokens.
+    uncertainties (n, M) float32, correct (n, M) bool, shallow to deep.
+    """
+    waiting, pairs = np.ones(len(correct), dtype=bool), []
+    for u, right, threshold in zip(uncertainties.T, correct.T, thresholds):
+        pairs.append(obtained(u, right, threshold, waiting))
+        waiting &= ~is_certain(u, threshold)
+    return pairs
+
+
+# ------------------------------------------------------------ what this chapter shows on the toy
 
 LEVELS = (0.80, 0.85, 0.90, 0.95, 0.98)
 
 
-def obtained(uncertainty, correct, threshold):
-    """(agreement among the tokens that exit, NaN if none; coverage) on the tokens given, both 0 .. 1."""
-    leaves = is_certain(uncertainty, threshold)
-    return float(correct[leaves].mean()) if leaves.any() else math.nan, float(leaves.mean())
+def compare_measures(calibration, test):
+    """Every measure at every exit, on the test tokens; both arguments are a heads.Evaluation.
 
-
-def cascade(uncertainties, correct, thresholds):
-    """obtained() of each head on the tokens that reach it, when all heads decide one after the other: [(a, c)] * M."""
-    waiting, rows = np.ones(len(uncertainties), dtype=bool), []
-    for u, right, threshold in zip(uncertainties.T, correct.T, thresholds):
-        leaves = waiting & is_certain(u, threshold)
-        rows.append((float(right[leaves].mean()) if leaves.any() else math.nan, float(leaves.mean())))
-        waiting &= ~leaves
-    return rows
-
-
-@torch.no_grad()
-def measure(model, heads, ids, batch=8):
-    """ids (N, T) -> {measure: uncertainties (N T, M)} and correct (N T, M), in batches so that no (N, T, V) exists."""
-    parts, right = {name: [] for name in MEASURES}, []
-    for rows in ids.split(batch):
-        full, hidden = model(rows, exits=heads.layers)
-        logits = heads.logits(hidden)                                     # M x (B, T, V)
-        right.append(torch.stack([z.argmax(-1) == full.argmax(-1) for z in logits], -1).flatten(0, 1))
-        for name, f in MEASURES.items():
-            parts[name].append(torch.stack([f(z) for z in logits], -1).flatten(0, 1))   # (B T, M)
-    return {name: torch.cat(p).numpy() for name, p in parts.items()}, torch.cat(right).numpy()
-
-
-def compare_measures(calibration, test, layers):
-    """Print the table of measures by exits -> {measure: [Separation] * M}; both arguments as measure() returns them."""
-    (u_cal, c_cal), (u_test, c_test) = calibration, test
-    print(f"\nmeasures on {len(c_test):,} test tokens (AUROC: higher is better, AURC: lower; "
-          "coverage: share of tokens that exit at level 0.95)")
-    print(f"{'':20}" + "".join(f"  exit {n:<3} AUROC   AURC coverage" for n in layers))
-    found = {}
-    for name in MEASURES:
-        found[name] = [separation(u_test[name][:, l], c_test[:, l]) for l in range(len(layers))]
-        row = f"{name:20}"
-        for l, s in enumerate(found[name]):
-            threshold = calibrate(u_cal[name][:, l], c_cal[:, l], 0.95)
-            coverage = obtained(u_test[name][:, l], c_test[:, l], threshold)[1]
-            row += f"{s.auroc:16.3f} {s.aurc:6.3f} {coverage:8.1%}"
-        print(row)
-    wins = sum(min(found, key=lambda m: found[m][l].aurc) == "entropy" for l in range(len(layers)))
-    mean = {name: float(np.mean([s.aurc for s in each])) for name, each in found.items()}
-    best = min((name for name in mean if name != "entropy"), key=mean.get)
-    verdict = "wins" if mean["entropy"] < mean[best] else "does not win"
-    print(f"entropy has the lowest AURC at {wins} of {len(layers)} exits; on average {mean['entropy']:.4f}, against "
-          f"{mean[best]:.4f} of the best other, {best}: entropy {verdict} here")
-    return found
-
-
-def compare_calibrations(u_cal, c_cal, u_test, c_test, layers, blocks, seed=0):
-    """Print levels asked and agreement obtained on the test tokens, all arrays (n, M) of one measure, blocks (n,).
-
-    -> {(method, level): [(agreement, coverage)] * M}, methods: plain, certified, blockwise (certified on one token of
-    each block), in a cascade, conditional.
+    -> {measure: [Separation] * M} and {measure: [coverage at level 0.95] * M}.
+    The thresholds for the coverage come from the calibration tokens.
     """
-    M, rows = len(layers), {}
+    separations, coverages = {}, {}
+    for name, u_test in test.uncertainty.items():
+        u_cal = calibration.uncertainty[name]                     # (n, M)
+        separations[name], coverages[name] = [], []
+        for m in range(u_test.shape[1]):
+            threshold = calibrate(u_cal[:, m], calibration.agree[:, m], 0.95)
+            _, coverage = obtained(u_test[:, m], test.agree[:, m], threshold)
+            separations[name].append(separation(u_test[:, m], test.agree[:, m]))
+            coverages[name].append(coverage)
+    return separations, coverages
+
+
+def print_measures(separations, coverages, layers):
+    """The table of measures by exits, and the verdict below it."""
+    print("AUROC: higher is better; AURC: lower; coverage: share of tokens that exit at level 0.95")
+    titles = [f"   exit {n:<2} AUROC    AURC coverage" for n in layers]
+    print(f"{'measure':<16}" + "".join(titles))
+    for name, each in separations.items():
+        cells = [f"{s.auroc:17.3f}{s.aurc:8.4f}{c:9.1%}" for s, c in zip(each, coverages[name])]
+        print(f"{name:<16}" + "".join(cells))
+    # the verdict: who has the lowest AURC at how many exits, and what it means for decoding
+    best = []
+    for m in range(len(layers)):
+        best.append(min(separations, key=lambda name: separations[name][m].aurc))
+    winners = [f"{name} at {best.count(name)}" for name in MEASURES if name in best]
+    print(f"lowest AURC, of {len(layers)} exits: {', '.join(winners)} "
+          "(the paper finds that entropy separates best on Pythia)")
+    for name in ("entropy", "margin"):
+        shares = [f"{c:.1%}" for c in coverages[name]]
+        print(f"tokens that exit at level 0.95 by {name}: {', '.join(shares)}")
+
+
+def compare_calibrations(u_cal, c_cal, u_test, c_test):
+    """Thresholds from the calibration tokens, judged on the test tokens; all arrays are (n, M).
+
+    -> {(method, level): [(agreement, coverage)] * M} for plain, in a cascade, conditional.
+    """
+    results = {}
     for level in LEVELS:
-        plain = [calibrate(u_cal[:, l], c_cal[:, l], level) for l in range(M)]
-        sets = {"plain": plain}
-        for method, groups in (("certified", None), ("blockwise", blocks)):
-            sets[method] = [calibrate_certified(u_cal[:, l], c_cal[:, l], level, groups=groups, seed=seed)
-                            for l in range(M)]
-        for method, thresholds in sets.items():
-            rows[method, level] = [obtained(u_test[:, l], c_test[:, l], thresholds[l]) for l in range(M)]
-        rows["in a cascade", level] = cascade(u_test, c_test, plain)
-        rows["conditional", level] = cascade(u_test, c_test, calibrate_conditional(u_cal, c_cal, level))
-    methods = list(dict.fromkeys(method for method, _ in rows))
-    print("\nentropy: agreement obtained on test text (share of tokens that exit), delta = 0.05")
-    print("exit level" + "".join(f"{m:>17}" for m in methods))
-    for l, n in enumerate(layers):
-        for level in LEVELS:
-            cells = (rows[m, level][l] for m in methods)
-            print(f"{n:4} {level:5.0%}" + "".join("            never" if math.isnan(a) else f"{a:9.1%} ({c:5.1%})"
-                                                  for a, c in cells))
-    print("plain, certified, blockwise (one token of 16 neighbours): each head alone, on all tokens\n"
-          "in a cascade (the plain thresholds), conditional: each head on the tokens that reach it")
-    return rows
+        plain = [calibrate(u, right, level) for u, right in zip(u_cal.T, c_cal.T)]
+        alone = [obtained(u, right, t) for u, right, t in zip(u_test.T, c_test.T, plain)]
+        conditional = calibrate_conditional(u_cal, c_cal, level)
+        results["plain", level] = alone
+        results["in a cascade", level] = cascade(u_test, c_test, plain)
+        results["conditional", level] = cascade(u_test, c_test, conditional)
+    return results
 
 
-def draw(path, u_test, c_test, found, rows, layers):
-    """The chapter's figure: entropies of right and wrong tokens, risk-coverage curves, reliability."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    M = len(layers)
-    figure = plt.figure(figsize=(13, 7.5), layout="constrained")
-    grid = figure.add_gridspec(2, 2 * M)
-    bins = np.linspace(0, u_test[np.isfinite(u_test)].max(), 50)
-    for l, n in enumerate(layers):
-        ax = figure.add_subplot(grid[0, 2 * l:2 * l + 2])
-        for right, name in ((c_test[:, l], "right"), (~c_test[:, l], "wrong")):
-            ax.hist(u_test[right, l], bins, alpha=0.6, label=f"{name} ({right.mean():.0%})")
-        ax.set(title=f"exit after block {n}", xlabel="entropy (nats)", ylabel="tokens")
-        ax.legend()
-    ax, middle = figure.add_subplot(grid[1, :M]), M // 2
-    for name, each in found.items():
-        ax.plot(each[middle].coverage, each[middle].risk, label=f"{name}, AURC {each[middle].aurc:.3f}")
-    ax.set(title=f"risk and coverage, exit after block {layers[middle]}", xlabel="coverage (share of tokens)",
-           ylabel="risk (share that disagrees)", xlim=(0, 1))
-    ax.legend()
-    ax = figure.add_subplot(grid[1, M:])
-    ax.plot(LEVELS, LEVELS, "k:", label="as asked")
-    for method, marker in (("plain", "o-"), ("certified", "s--"), ("conditional", "^:")):
-        for l, n in enumerate(layers):
-            ax.plot(LEVELS, [rows[method, level][l][0] for level in LEVELS], marker, color=f"C{l}",
-                    label=f"{method}, exit {n}")
-    ax.set(title="reliability on test text", xlabel="level asked for", ylabel="agreement obtained")
-    ax.legend(ncols=3, fontsize=7, loc="upper left")
-    ax.set_ylim(top=ax.get_ylim()[1] + 0.4 * np.subtract(*ax.get_ylim()[::-1]))   # room for the legend
-    part = f"{path}.part"
-    figure.savefig(part, dpi=100, format="png")
-    plt.close(figure)
-    os.replace(part, path)
-    print(f"figure: {path}")
+def print_levels(results, layers):
+    """The table of levels, a column a method; {(method, level): [(agreement, coverage)] * M}."""
+    methods = list(dict.fromkeys(method for method, _ in results))
+    levels = list(dict.fromkeys(level for _, level in results))
+    print("exit level" + "".join(f"{method:>17}" for method in methods))
+    for m, n in enumerate(layers):
+        for level in levels:
+            row = f"{n:4} {level:5.0%}"
+            for method in methods:
+                agreement, coverage = results[method, level][m]
+                cell = "never" if math.isnan(agreement) else f"{agreement:.1%} ({coverage:5.1%})"
+                row += f"{cell:>17}"
+            print(row)
 
 
 def main():
-    from heads import ExitHeads, toy_windows
+    from heads import ExitHeads, evaluate, measuring_windows
     from model import TOY, InputError, Pythia
-    parser = argparse.ArgumentParser(description="Measures of uncertainty and calibration of exit heads, on the toy.")
-    parser.add_argument("--tokens", type=int, default=30_000, help="tokens of each split (default %(default)s)")
-    parser.add_argument("--heads", default=TOY / "heads.safetensors", help="a heads file for the toy")
-    parser.add_argument("--figure", default="confidence.png", help="PNG to draw; '' for none (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the certified calibration's draw (default %(default)s)")
+    parser = argparse.ArgumentParser(description="Uncertainty and calibration of the toy's heads.")
+    parser.add_argument("--tokens", type=int, default=32_768, help="of each split (%(default)s)")
+    parser.add_argument("--heads", default=TOY / "heads.safetensors", help="of the toy (its own)")
+    parser.add_argument("--measure", choices=MEASURES, help="of the levels (the heads' own)")
+    parser.add_argument("--figure", help="also draw the tables to this PNG")
     args = parser.parse_args()
     if args.tokens < 256:
         raise InputError(f"--tokens {args.tokens}: at least one window of 256 tokens is needed")
-    if not os.path.isdir(os.path.dirname(args.figure) or ".") or args.figure and not args.figure.endswith(".png"):
-        raise InputError(f"--figure {args.figure}: must be a name that ends in .png, in a folder that exists")
-    model = Pythia.from_pretrained(TOY).eval()
-    heads = ExitHeads.load(args.heads, model)
-    began = time.time()
-    calibration, test = (measure(model, heads, toy_windows(split, args.tokens)) for split in ("calibration", "test"))
-    (u_cal, c_cal), (u_test, c_test) = calibration, test
-    print(f"{len(c_cal):,} calibration and {len(c_test):,} test tokens in {time.time() - began:.1f} s")
-    found = compare_measures(calibration, test, heads.layers)
-    blocks = np.arange(len(c_cal)) // 16                                  # 16 neighbouring tokens, one is kept
-    u_cal, u_test = u_cal["entropy"], u_test["entropy"]
-    rows = compare_calibrations(u_cal, c_cal, u_test, c_test, heads.layers, blocks, args.seed)
     if args.figure:
-        draw(args.figure, u_test, c_test, found, rows, heads.layers)
+        from appendix import figures
+        figures.check(args.figure)
+    model = Pythia.from_pretrained(TOY)
+    heads = ExitHeads.load(args.heads, model)
+    measure, began = args.measure or heads.measure, time.time()
+    calibration = evaluate(model, heads, measuring_windows("calibration", args.tokens), MEASURES)
+    test = evaluate(model, heads, measuring_windows("test", args.tokens), MEASURES)
+    print(f"{len(calibration.agree):,} calibration and {len(test.agree):,} test tokens "
+          f"in {time.time() - began:.0f} s")
+    separations, coverages = compare_measures(calibration, test)
+    print_measures(separations, coverages, heads.layers)
+    results = compare_calibrations(calibration.uncertainty[measure], calibration.agree,
+                                   test.uncertainty[measure], test.agree)
+    print(f"\n{measure}: agreement obtained on the test tokens (share of tokens that exit)")
+    print_levels(results, heads.layers)
+    print("plain: each head alone, on all tokens; in a cascade: the same thresholds,\n"
+          "each head on the tokens that reach it; conditional: thresholds for just these tokens")
+    if args.figure:
+        figures.separation(args.figure, test, separations, results, measure, heads.layers,
+                           model.config.num_hidden_layers)
+        print(f"wrote {args.figure}")
 
 
 if __name__ == "__main__":

@@ -1,583 +1,268 @@
-"""Chapter 5. Dynamic Self-Speculative Decoding: real compute skipped, output unchanged (arXiv 2407.21082).
+"""Chapter 5. Dynamic Self-Speculative Decoding (DSSD): depth is skipped, the text stays.
 
-Greedy decoding asks the full model for every token. Here a token is first asked of shallow exits: the first
-head whose uncertainty is below its threshold *drafts* it. When no head is certain, the token goes to full
-depth, and that pass verifies every draft on the way, in one batch:
+After arXiv 2407.21082. Greedy decoding asks the full model for every token. DSSD first asks shallow
+exits. The first head whose uncertainty is below its threshold *drafts* the token. At a token where
+no head is certain, the full model runs, and the same pass verifies all drafts on the way:
 
-    draft   x_{t+1} = argmax z_n(t)   at the first exit n with uncertainty(z_n(t)) < threshold_n
-    verify  keep drafts up to the first x_{p+1} != argmax z_L(p); put the full model's token there, drop the rest;
-            if all are kept, the same pass gives the next token as well
+    draft    x_{t+1} = argmax z_n(t)    at the first exit n with uncertainty(z_n(t)) < threshold_n
+    verify   keep x_{t+1}, x_{t+2}, ..  up to the first that is not argmax z_L
+             put the full model's token there, and drop the rest
+             if all are kept, the same pass gives the next token as well
 
-So the output is the full model's by construction, and one level (through the thresholds) replaces the two
-numbers that LayerSkip needs tuned by hand: the exit layer and the draft length.
+So the text is the full model's, whatever the heads say. `by_definition` is these lines without a
+cache. Everything below it computes the same, each (position, block) once.
 
-The frontier. For every depth at which an exit is consulted there is a queue of positions waiting to go
-deeper. To know the next token, the newest position advances through the first segment, its head is asked,
-and if it is not certain all positions waiting at that depth advance through the next segment as one batch.
-A position that reaches depth L has been verified. No (position, block) pair is computed twice unless its
-token was rejected; drafting and verifying share one cache, whose blocks have different lengths.
+One level, through the thresholds, stands where LayerSkip has two numbers to tune by hand: the exit
+and the number of drafts. A cap on the drafts remains, as in the authors' code (5 or 10 there, 8
+here). The rows "cap 2, 4, 16" of the table show how little it matters.
 
-Sampling keeps the full model's distribution p (speculative sampling; Leviathan et al., Chen et al. 2023):
-a draft x ~ q is kept with probability min(1, p(x) / q(x)), else replaced by a draw from max(0, p - q).
-Whether to draft may depend on q, never on the x drawn from it. Sampling, the mid-depth veto and `tune` go
-beyond the paper.
+The frontier. A decoder is a grid of (position, block). The frontier says, for every consulted
+depth, how many positions have reached it. Drafting lets shallow depths run ahead. Verification
+brings the deep ones up, many positions in one pass. Rejecting drafts lowers integers.
 
-    python dssd.py                                       # one prompt, coloured by depth, then the table
+Sampling keeps the full model's distribution p (Leviathan et al., Chen et al. 2023; our addition).
+A draft x, drawn from q, is kept with probability min(1, p(x) / q(x)), else replaced by a draw from
+max(0, p - q). Whether to draft may depend on q, never on the x drawn from it.
+
+    python dssd.py                  one prompt, coloured by depth, then a table of policies
     python dssd.py --level 0.9 --temperature 0.8 --prompt "class "
-    python dssd.py --figure tokens.png
+Expect the same text from every lossless policy, and fewer passes to full depth from DSSD.
+The table runs on the readable model. bench.py measures speed, with the fast twin.
 
-Limits: batch 1; a prompt of P tokens can be followed by at most context - P + 1 new ones, where decoding stops.
+Limits: batch 1. A prompt of P tokens can be followed by at most context - P + 1 new ones.
+Letters: n positions, N positions cached, D hidden size, V vocabulary, L blocks.
 """
 import argparse
 import codecs
-import functools
-import itertools
+import math
 import os
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
-from confidence import calibrate, entropy, is_certain
-from heads import ExitHeads, full_cost, toy_windows
+from confidence import MEASURES, is_certain
 from model import TOY, InputError, Pythia, Tokenizer, command_line, locate
 
-
-# ---------------------------------------------------------------- policies: four settings of one loop
+# ---------------------------------------------------------------- policies
 
 
 @dataclass
 class Policy:
-    """What the decoding loop does; made by Plain, EarlyExit, LayerSkip and DSSD."""
+    """What the decoding loop does. Made by Plain, EarlyExit, LayerSkip and DSSD."""
     name: str
-    heads: ExitHeads = None
+    heads: object = None          # ExitHeads, or their fast twins
     thresholds: tuple = ()        # one per head; None: never consulted
-    max_draft: int = 0            # drafts pending at most
-    verify: bool = True           # False: an exit's token is final
-    veto: bool = False            # deeper heads may cut a round short
-    fill: str = "exact"           # how positions that left early get deeper keys and values
+    max_draft: int = 0            # drafts per round at most
+    final: bool = False           # True: an exit's token is final and never verified
+    fill: str = "exact"           # with final: how the skipped depth gets its keys and values
 
 
 def Plain():
-    """The full model, token by token, cached."""
+    """The full model, token by token."""
     return Policy("Plain")
 
 
 def EarlyExit(heads, thresholds, fill="exact"):
-    """The first certain head's token is final: fewer layers, other text. Not lossless.
+    """The first certain head's token is final. Fewer blocks, but another text: not lossless.
 
-    fill="exact" carries a position deeper when a later token needs its keys and values, in one batch;
-    fill="copy" takes the deeper blocks' keys and values from its exit state (CALM, Schuster et al. 2022).
+    fill="exact" takes a position deeper when a later token needs its keys and values there.
+    fill="copy" computes the deeper ones from its exit state (CALM, Schuster et al. 2022).
     """
     if fill not in ("exact", "copy"):
         raise InputError(f"fill {fill!r} must be 'exact' or 'copy'")
-    return Policy("EarlyExit", heads, tuple(thresholds), verify=False, fill=fill)
-
-
-def always(heads, exit):
-    """Thresholds with which the head at depth `exit` is always certain, and no other consulted."""
-    return tuple(float("inf") if n == exit else None for n in heads.layers)
+    return Policy("EarlyExit", heads, tuple(thresholds), final=True, fill=fill)
 
 
 def LayerSkip(heads, exit, draft_length):
-    """A fixed exit drafts a fixed number of tokens (Elhoushi et al. 2024): the hand-tuned baseline."""
+    """A fixed exit drafts a fixed number of tokens: the baseline (Elhoushi et al. 2024)."""
     if exit not in heads.layers or draft_length < 1:
-        raise InputError(f"LayerSkip: exit {exit} must be one of {heads.layers} and the draft length at least 1")
+        raise InputError(f"LayerSkip: exit {exit} must be one of {heads.layers}, "
+                         f"and the draft length at least 1")
     return Policy(f"LayerSkip {exit}x{draft_length}", heads, always(heads, exit), draft_length)
 
 
-def DSSD(heads, thresholds, max_draft=8, veto=False):
-    """Dynamic exit and dynamic draft length from the thresholds of one level."""
+def DSSD(heads, thresholds, max_draft=8):
+    """The paper's method: exit and number of drafts follow from the thresholds of one level."""
     if max_draft < 1:
         raise InputError("max_draft must be at least 1")
-    return Policy("DSSD", heads, tuple(thresholds), max_draft, veto=veto)
+    return Policy("DSSD", heads, tuple(thresholds), max_draft)
 
 
-# ---------------------------------------------------------------- a fast twin of the blocks
+def always(heads, exit):
+    """Thresholds with which the head at depth `exit` is always certain, and no other is asked."""
+    return tuple(math.inf if n == exit else None for n in heads.layers)
 
 
-@functools.cache
-def packs(dtype):
-    """Whether oneDNN's packed products, which torch.compile uses but torch has no public name for, work here in this type."""
-    try:
-        if dtype != torch.float32 and (dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-            return False
-        x, w = torch.ones(1, 8, dtype=dtype), torch.ops.mkldnn._reorder_linear_weight(torch.eye(8, dtype=dtype), 16)
-        return (torch.equal(torch.ops.mkldnn._linear_pointwise.default(x, w, None, "none", [], ""), x)
-                and torch.equal(torch.ops.mkldnn._linear_pointwise.binary(x, x, w, None, "add"), 2 * x))
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
-        return False
+# ---------------------------------------------------------------- the definition
 
 
-class Product:
-    """x -> x w + b for few rows x (T, n), with w (n, m) stored as this machine multiplies it fastest.
+def by_definition(model, ids, max_new_tokens, policy, stop=None):
+    """Greedy DSSD without a cache -> (new tokens, the depth of each, [(drafted, kept)] by round).
 
-    On a CPU a plain product of few rows reads w at half the memory's speed or less, and in float32 two rows cost twice
-    one. Packed into oneDNN's own layout it is read at nearly full speed, and eight rows cost little more than one. That pays
-    in 16 bits, and in float32 from D = 256 on; smaller matrices are in the cache, and the call costs more than it saves.
+    Everything is recomputed at every step. `decode` below equals this draft for draft.
     """
-
-    def __init__(self, w, b, dtype):
-        w, self.b = w.detach().to(dtype), None if b is None else b.detach().to(dtype)
-        self.packed = w.device.type == "cpu" and packs(dtype) and (dtype != torch.float32 or min(w.shape) >= 256)
-        self.least_rows = 4 if w.numel() >= 2 ** 20 else 1                # an EPYC multiplies 4 rows by a large w faster than 1 or 2
-        if self.packed:
-            self.w = torch.ops.mkldnn._reorder_linear_weight(w.T.contiguous(), 16)
-        else:                                                             # float32 by rows, 16 bits as the transposed view
-            self.w = w.contiguous() if dtype == torch.float32 else w.T.contiguous().T
-
-    def __call__(self, x):
-        """x w + b, a new tensor (T, m)."""
-        if not self.packed:
-            return x @ self.w if self.b is None else torch.addmm(self.b, x, self.w)
-        return torch.ops.mkldnn._linear_pointwise.default(self.padded(x), self.w, self.b, "none", [], "")[:len(x)]
-
-    def into(self, out, x):
-        """out = x w + b, in place."""
-        if self.packed or self.b is None or out.dtype != x.dtype:
-            out.copy_(self(x))
-        else:
-            torch.addmm(self.b, x, self.w, out=out)
-
-    def onto(self, rest, x):
-        """rest + x w + b, a new tensor (T, m)."""
-        if not self.packed:
-            y = torch.addmm(rest, x, self.w)
-            return y if self.b is None else y.add_(self.b)
-        return torch.ops.mkldnn._linear_pointwise.binary(self.padded(x), self.padded(rest), self.w, self.b, "add")[:len(x)]
-
-    def columns(self, first, last, x):
-        """x w + b in columns first .. last - 1 alone: of an unpacked w no others are read."""
-        if self.packed:
-            return self(x)[:, first:last]
-        return torch.addmm(self.b[first:last], x, self.w[:, first:last])
-
-    def padded(self, x):
-        return x if len(x) >= self.least_rows else F.pad(x, (0, 0, 0, self.least_rows - len(x)))
+    L = model.config.num_hidden_layers
+    limit = new_token_limit(model, ids, max_new_tokens)
+    text, depths, rounds = list(ids), [L], []
+    text.append(full_choices(model, text)[-1])
+    while len(depths) < limit and stop not in text[len(ids):]:
+        # draft, while some exit is certain
+        drafts, exits = [], []
+        cap = min(policy.max_draft, limit - len(depths) - 1)
+        while len(drafts) < cap and stop not in drafts:
+            exit, token = first_certain(model, policy, text + drafts)
+            if exit is None:
+                break
+            drafts.append(token)
+            exits.append(exit)
+        # verify all drafts in one pass of the full model
+        full = full_choices(model, text + drafts)[len(text) - 1:]
+        kept = 0
+        while kept < len(drafts) and drafts[kept] == full[kept]:
+            kept += 1
+        text += drafts[:kept] + [full[kept]]
+        depths += exits[:kept] + [L]
+        rounds.append((len(drafts), kept))
+    new = text[len(ids):]
+    if stop in new:
+        new = new[:new.index(stop) + 1]
+    return new, depths[:len(new)], rounds
 
 
-def fold(block, R):
-    """A parallel block as two Products: w1 (D, 3D + I) and b1, then w2 (D + I, D) and b2, folded in float64.
-
-    The affine parts of both LayerNorms go into w1, so one plain normalisation serves both; the rows of q, k, v
-    are regrouped from per-head to per-kind; attention's output sits beside the MLP's hidden layer before w2.
-    The rotated dimensions are reordered so that each pair is adjacent: the rotation is one complex product,
-    and q.k does not depend on the order.
-    """
-    attention, mlp = block.attention, block.mlp
-    H, D = attention.heads, attention.dense.weight.shape[0]
-
-    def absorb(linear, norm):                                             # W (g x + c) + b = (W g) x + (W c + b)
-        w = linear.weight.double()
-        return w * norm.weight.double(), w @ norm.bias.double() + linear.bias.double()
-
-    w, b = absorb(attention.query_key_value, block.input_layernorm)       # (3D, D), (3D,)
-    w, b = w.view(H, 3, D // H, D), b.view(H, 3, D // H)
-    pairs = torch.arange(R, device=w.device).view(2, R // 2).T.flatten()  # 0, R/2, 1, R/2 + 1, ..
-    order = torch.cat((pairs, torch.arange(R, D // H, device=w.device)))
-    w[:, :2], b[:, :2] = w[:, :2, order], b[:, :2, order]
-    w, b = w.transpose(0, 1).reshape(3 * D, D), b.transpose(0, 1).reshape(3 * D)
-    up, up_b = absorb(mlp.dense_h_to_4h, block.post_attention_layernorm)
-    w[:D], b[:D] = w[:D] * (D // H) ** -0.5, b[:D] * (D // H) ** -0.5      # attention's scale, into q
-    half = 0.5 ** 0.5                                                     # GELU(h) = g (1 + erf g) / sqrt(2), g = h / sqrt(2)
-    w1, b1 = torch.cat((w, up * half)).T, torch.cat((b, up_b * half))     # (D, 3D + I), (3D + I,)
-    w2 = torch.cat((attention.dense.weight.double(), mlp.dense_4h_to_h.weight.double() * half), 1).T   # (D + I, D)
-    dtype = attention.dense.weight.dtype
-    return Product(w1, b1, dtype), Product(w2, attention.dense.bias + mlp.dense_4h_to_h.bias, dtype)
+@torch.inference_mode()
+def full_choices(model, text):
+    """The full model's most likely next token at every position of a text: list of ids."""
+    logits, _ = model(torch.tensor([text]))
+    return logits[0].argmax(-1).tolist()
 
 
-class Fused:
-    """A Pythia with folded blocks for decoding one sequence: same doors, same values up to rounding, less overhead.
-
-    All tensor views of a step depend only on the number of rows T, so they are made once per T; a block is then
-    a dozen calls. Only for parallel residuals; `fast(model)` falls back to the readable model elsewhere.
-    """
-
-    def __init__(self, model):
-        c = self.config = model.config
-        self.embed_in, self.new_cache = model.embed_in, model.new_cache
-        R = int(c.hidden_size // c.num_attention_heads * c.rotary_pct)
-        self.blocks = [fold(block, R) for block in model.layers]
-        self.out = self.fold_output(model.final_layer_norm, model.embed_out)
-        cos, sin = model.angles(0, c.max_position_embeddings, model.embed_in.weight.float())
-        self.turn = torch.complex(cos, sin)[..., :R // 2]                 # (context, 1, R / 2)
-        self.steps, self.twins = {}, {}
-
-    @staticmethod
-    def fold_output(norm, linear):
-        """LayerNorm and D -> V as one Product after a plain normalisation."""
-        w = linear.weight.double()
-        return Product((w * norm.weight.double()).T, w @ norm.bias.double(), linear.weight.dtype)
-
-    def step(self, T, like):
-        """A buffer z (T, 3D + I) for q, k, v and the MLP's hidden layer, and the views of it that a block needs.
-
-        On a CPU it is float32 whatever the type of the weights: the small steps between products are faster there.
-        """
-        if T in self.steps:
-            return self.steps[T]
-        c = self.config
-        D, H = c.hidden_size, c.num_attention_heads
-        K, W, R = D // H, 3 * D + c.intermediate_size, 2 * self.turn.shape[-1]
-        z = like.new_empty(T, W, dtype=torch.float32 if like.device.type == "cpu" else like.dtype)
-        views = (z, z.as_strided((T, 2 * H, R // 2, 2), (W, K, 2, 1)),    # the rotated pairs of q and k
-                 z.as_strided((H, T, K), (K, W, 1)),                      # q
-                 z.as_strided((2, H, T, K), (D, K, W, 1), D),             # k and v
-                 z.as_strided((H, T, K), (K, W, 1), 2 * D),               # where attention's output goes: over v
-                 z[:, 3 * D:], z[:, 2 * D:])                              # MLP's hidden layer; both inputs of w2
-        if z.dtype == torch.float32:
-            views = (z, torch.view_as_complex(views[1]), *views[2:])
-        if T <= 32:
-            self.steps[T] = views
-        return views
-
-    def run_folded(self, x, blocks, cache, start, stop):
-        """Rows x (T, D) through folded blocks start .. stop - 1 of a cache."""
-        T, D, n = len(x), x.shape[1], cache.length[start]
-        cache.check_room(n + T)
-        z, pairs, q, new, y, hidden, both = self.step(T, x)
-        kv, turn, eps = cache.kv[start:stop, :, 0], self.turn[n:n + T], self.config.layer_norm_eps
-        mask = None if T == 1 else z.new_full((T, n + T), float("-inf")).triu(n + 1)
-        slots = kv[..., n:n + T, :].unbind(0)                             # (2, H, T, K) per block
-        keys, values = kv[:, 0, :, :n + T].mT.unbind(0), kv[:, 1, :, :n + T].unbind(0)   # (H, K, n + T), (H, n + T, K)
-        for slot, k, v, (up, down) in zip(slots, keys, values, blocks):
-            up.into(z, torch.layer_norm(x, (D,), None, None, eps))
-            self.rotate(pairs, turn)
-            slot.copy_(new)
-            k, v = k.to(z.dtype), v.to(z.dtype)
-            if n == 0 and T > 1:                                          # a prompt: the library's blocked attention
-                y.copy_(F.scaled_dot_product_attention(q[None], k.mT[None], v[None], is_causal=True, scale=1.0)[0])
-            else:                                                         # a few rows: two small products are faster
-                weight = torch.bmm(q, k) if mask is None else torch.baddbmm(mask, q, k)    # (H, T, n + T)
-                y.copy_(torch.bmm(weight.softmax(-1), v))
-            hidden.addcmul_(hidden, torch.erf(hidden))                    # sqrt(2) GELU, as w1 and w2 are scaled
-            x = down.onto(x, both.to(x.dtype))
-        cache.length[start:stop] = [n + T] * (stop - start)
-        return x
-
-    def keys_values(self, x, block, cache):
-        """As Pythia.keys_values: only this part of the block, for x (1, 1, D)."""
-        n, D = cache.length[block], x.shape[-1]
-        z, pairs, _, new, *_ = self.step(1, x[0])
-        z[:, :3 * D] = self.blocks[block][0].columns(0, 3 * D, torch.layer_norm(x[0], (D,), None, None, self.config.layer_norm_eps))
-        self.rotate(pairs, self.turn[n:n + 1])
-        cache.append(block, new[:, None])
-
-    @staticmethod
-    def rotate(pairs, turn):
-        if pairs.is_complex():
-            pairs.mul_(turn)
-        else:                                                             # there are no complex bfloat16 numbers
-            pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * turn))
-
-    def embed(self, ids):
-        return self.embed_in(ids)
-
-    def run(self, x, start, stop, cache):
-        """As Pythia.run, for B = 1 and with a cache."""
-        return self.run_folded(x[0], self.blocks[start:stop], cache, start, stop)[None]
-
-    def unembed(self, x):
-        return self.output(x, self.out)
-
-    def output(self, x, product):
-        return product(torch.layer_norm(x[0], x.shape[-1:], None, None, self.config.layer_norm_eps))[None]
-
-    def twin(self, head):
-        """The fused twin of an exit head (kinds linear, tied and block; the others run as they are)."""
-        if head not in self.twins:
-            self.twins[head] = FusedHead(self, head) if head.kind in ("linear", "tied", "block") else head
-        return self.twins[head]
-
-
-class FusedHead:
-    """A linear, tied or block head with shift, block and norm as Products; same body, output and new_cache as ExitHead."""
-
-    def __init__(self, fused, head):
-        self.fused, self.kind, self.new_cache = fused, head.kind, head.new_cache
-        self.out = fused.fold_output(head.norm, head.backbone[0].embed_out if head.kind == "tied" else head.out)
-        if head.kind == "block":
-            self.blocks = [fold(head.block, 2 * fused.turn.shape[-1])]
-            self.shift = Product(head.shift.weight.T, None, head.shift.weight.dtype)
-
-    def body(self, h, cache=None):
-        if self.kind != "block":
-            return h
-        x = self.shift.onto(h[0], cache.push(h)[0])
-        return self.fused.run_folded(x, self.blocks, cache, 0, 1)[None]
-
-    def output(self, x):
-        return self.fused.output(x, self.out)
-
-
-class Graphed(Fused):
-    """Fused with static shapes, so that a pass of T rows through blocks start .. stop is one CUDA graph.
-
-    A graph replays fixed kernels on fixed addresses. So the position is a tensor, keys and values are stored by index,
-    attention reads the whole cache under a mask, and one cache serves all generations, one at a time. Without CUDA the
-    same steps run eagerly: the graph's twin, slower and for tests only.
-    """
-
-    def __init__(self, model):
-        super().__init__(model)
-        self.buffers, self.passes = {}, {}
-
-    def run_folded(self, x, blocks, cache, start, stop):
-        T, n = len(x), cache.length[start]
-        owner = blocks[0] if len(cache.length) == 1 else None             # a block head has its own cache
-        if owner not in self.buffers:
-            L, _, _, H, _, K = cache.kv.shape
-            self.buffers[owner] = cache.kv.new_zeros(L, 2, 1, H, self.config.max_position_embeddings, K)
-        cache.kv = self.buffers[owner]
-        if n == 0 or T > 17:                                              # a prompt
-            return super().run_folded(x, blocks, cache, start, stop)
-        cache.check_room(n + T)
-        key = owner, T, start, stop
-        if key not in self.passes:
-            self.passes[key] = self.capture(x, blocks, cache.kv[start:stop, :, 0])
-        rows, at, out, replay = self.passes[key]
-        rows.copy_(x)
-        at.fill_(n)
-        replay()
-        cache.length[start:stop] = [n + T] * (stop - start)
-        return out.clone()                                                # the next replay overwrites it
-
-    def capture(self, x, blocks, kv):
-        """(input rows, position, output, replay): buffers of one pass, and what computes the output from them."""
-        rows, at, out = x.clone(), torch.zeros(1, dtype=torch.long, device=x.device), torch.empty_like(x)
-        if x.device.type != "cuda":
-            return rows, at, out, lambda: out.copy_(self.static(rows, at, blocks, kv))
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        kept = kv[..., :len(x), :].clone()                                # the warm-up writes at position 0
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.static(rows, at, blocks, kv)
-        torch.cuda.current_stream().wait_stream(side)
-        kv[..., :len(x), :] = kept
-        with torch.cuda.graph(graph):
-            out.copy_(self.static(rows, at, blocks, kv))
-        return rows, at, out, graph.replay
-
-    def static(self, x, at, blocks, kv):
-        """Rows x (T, D) at positions at, at + 1, .. through folded blocks with the caches kv (blocks, 2, H, N, K)."""
-        T, D, eps = *x.shape, self.config.layer_norm_eps
-        z, pairs, q, new, y, hidden, both = self.step(T, x)
-        position = at + torch.arange(T, device=x.device)                  # (T,)
-        turn = self.turn.index_select(0, position)
-        unseen = torch.arange(kv.shape[-2], device=x.device) > position[:, None]
-        mask = torch.zeros_like(unseen, dtype=z.dtype).masked_fill_(unseen, float("-inf"))   # (T, N)
-        for cache, (up, down) in zip(kv.unbind(0), blocks):
-            up.into(z, torch.layer_norm(x, (D,), None, None, eps))
-            self.rotate(pairs, turn)
-            cache.index_copy_(2, position, new.to(cache.dtype))
-            k, v = cache.to(z.dtype)                                      # (H, N, K) each
-            y.copy_(torch.bmm(torch.baddbmm(mask, q, k.mT).softmax(-1), v))
-            hidden.addcmul_(hidden, torch.erf(hidden))
-            x = down.onto(x, both.to(x.dtype))
-        return x
-
-
-def fast(model, graphs=False):
-    """The fused twin where there is one (on request with CUDA graphs), else the model itself."""
-    if not model.config.use_parallel_residual:
-        return model
-    return Graphed(model) if graphs else Fused(model)
-
-
-# ---------------------------------------------------------------- statistics
-
-
-def stopwatch(device):
-    """Start timing; the function returned gives the seconds since then, on a GPU by events, for which the host waits."""
-    if device.type != "cuda":
-        begin = time.perf_counter()
-        return lambda: time.perf_counter() - begin
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    stream = torch.cuda.current_stream(device)
-    begin.record(stream)
-
-    def seconds():
-        end.record(stream)
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000
-    return seconds
-
-
-@dataclass
-class Stats:
-    """What a generation did. A round is one verification with its drafts; prefill counts in seconds only."""
-    emitted: int = 0              # new tokens, the prefill's first one included
-    drafted: int = 0
-    accepted: int = 0             # drafts equal to the full model's choice before the first mismatch
-    rounds: int = 0
-    blocks: int = 0               # (position, block) pairs evaluated
-    redone: int = 0               # of these, for drafts that were rejected
-    prefills: int = 0             # generations counted
-    extra_cost: float = 0.0       # heads, unembeddings and CALM's copies, in block-equivalents
-    bytes: float = 0.0            # weights, keys and values that had to be read: once per pass, whatever its rows
-    draft_lengths: Counter = field(default_factory=Counter)
-    exits: Counter = field(default_factory=Counter)           # emitted tokens by the depth that produced them
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-
-    def __iadd__(self, other):
-        for name in self.__dataclass_fields__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        return self
-
-    @property
-    def decoded(self):
-        """Tokens emitted after the prefill's, to which all costs and rates refer."""
-        return max(1, self.emitted - self.prefills)
-
-    wasted = property(lambda s: s.drafted - s.accepted)
-    acceptance = property(lambda s: s.accepted / s.drafted if s.drafted else float("nan"))
-    tau = property(lambda s: s.decoded / s.rounds if s.rounds else float("nan"))
-    draft_length = property(lambda s: s.drafted / s.rounds if s.rounds else float("nan"))
-    layers_per_token = property(lambda s: s.blocks / s.decoded)
-    cost_per_token = property(lambda s: (s.blocks + s.extra_cost) / s.decoded)
-    bytes_per_token = property(lambda s: s.bytes / s.decoded)
-    ms_per_token = property(lambda s: 1000 * s.decode_seconds / s.decoded)
-    tokens_per_second = property(lambda s: s.decoded / s.decode_seconds if s.decode_seconds else float("nan"))
-
-
-@dataclass
-class Generation:
-    tokens: list                  # new ids
-    depths: list                  # the depth that produced each
-    stats: Stats
+@torch.inference_mode()
+def first_certain(model, policy, text):
+    """(exit, token) of the first certain head at the last position of a text, else (None, None)."""
+    heads = policy.heads
+    _, hidden = model(torch.tensor([text]), exits=heads.layers)
+    for exit, threshold, z in zip(heads.layers, policy.thresholds, heads.logits(hidden)):
+        z = z[0, -1]                                                      # (V,)
+        if is_certain(MEASURES[heads.measure](z), threshold):
+            return exit, z.argmax().item()
+    return None, None
 
 
 # ---------------------------------------------------------------- the frontier
 
 
-class Frontier:
-    """Which positions have reached which depth, and the residual streams of those that wait to go on.
+@dataclass
+class Log:
+    """What a generation did, in order. Everything that is counted is derived from it."""
+    prompt: int = 0                              # positions of the prompt
+    passes: list = field(default_factory=list)   # (first, end, start, stop): positions, blocks
+    asked: list = field(default_factory=list)    # (exit, first, end): positions that a head read
+    copied: list = field(default_factory=list)   # (first, end, start, stop): by CALM's shortcut
+    rounds: list = field(default_factory=list)   # (drafted, kept): one pass to full depth each
 
-    Depths `bounds` = 0, the consulted exits, L. `reached[s]` positions have arrived at bounds[s]; `queue[s]` is
-    the list of the rows [(1, n, D)] of those that have not yet left it.
+
+class Frontier:
+    """How many positions have reached which depth, and the residual streams that arrived there.
+
+    `bounds` are the depths 0, the consulted exits, L. `states[s]` (1, N, D) holds the streams at
+    bounds[s], of which `reached[s]` have arrived. Positions reached[s + 1] .. reached[s] - 1 wait
+    there to go deeper.
     """
 
-    def __init__(self, model, policy, capacity, stats):
-        L = model.config.num_hidden_layers
-        self.model, self.stats = model, stats
-        exits = [m for m, t in enumerate(policy.thresholds) if t is not None]
-        self.bounds = [0, *(policy.heads.layers[m] for m in exits), L]
-        self.thresholds = [policy.thresholds[m] for m in exits]
-        own = [policy.heads.heads[m] for m in exits]
-        c, item = model.config, model.embed_in.weight.element_size()
-        self.block_bytes = item * (4 * c.hidden_size ** 2 + 2 * c.hidden_size * c.intermediate_size)
-        self.position_bytes = item * 2 * c.hidden_size                    # one block's keys and values of one position
-        self.unembed_cost = full_cost(model) - L
-        self.body_costs = [head.cost() - self.unembed_cost for head in own]
-        self.heads = [model.twin(h) for h in own] if isinstance(model, Fused) else own
+    def __init__(self, model, policy, capacity, log):
+        L, like = model.config.num_hidden_layers, model.embed_in.weight
+        self.model, self.log = model, log
+        consulted = [m for m, threshold in enumerate(policy.thresholds) if threshold is not None]
+        self.thresholds = [policy.thresholds[m] for m in consulted]
+        self.heads = [policy.heads.heads[m] for m in consulted]
+        self.bounds = [0, *(policy.heads.layers[m] for m in consulted), L]
+        shape = len(self.bounds), 1, capacity, model.config.hidden_size
+        self.states = torch.empty(shape, device=like.device, dtype=like.dtype)
+        self.reached = [0] * len(self.bounds)
         self.cache = model.new_cache(1, capacity)
         self.head_caches = [head.new_cache(1, capacity) for head in self.heads]
-        self.unread = [None] * len(self.heads)                            # rows that a block head has yet to read
-        self.reached = [0] * len(self.bounds)
-        self.queue = [[] for _ in self.bounds]
 
-    def push(self, tokens):
-        """New positions arrive at depth 0."""
-        if len(tokens) == 1:                                              # a row of the matrix: no copy to the device
-            x = self.model.embed_in.weight[tokens[0]][None, None]         # (1, 1, D)
-        else:
-            x = self.model.embed(torch.tensor([tokens], device=self.cache.kv.device))   # (1, n, D)
-        self.queue[0].append(x)
-        self.reached[0] += len(tokens)
+    def enter(self, tokens):
+        """New tokens arrive at depth 0."""
+        ids = torch.tensor([tokens], device=self.states.device)           # (1, n)
+        self.arrive(0, self.model.embed(ids))
+
+    def arrive(self, s, x):
+        """Put x (1, n, D) behind the states that have reached bounds[s]."""
+        first = self.reached[s]
+        self.reached[s] = end = first + x.shape[1]
+        self.states[s, :, first:end] = x
 
     def advance(self, s):
-        """All positions waiting at bounds[s] go on to bounds[s + 1], in one batch; returns how many."""
-        rows, self.queue[s] = self.queue[s], []
-        if not rows:
-            return 0
-        start, stop = self.bounds[s], self.bounds[s + 1]
-        x = self.model.run(rows[0] if len(rows) == 1 else torch.cat(rows, 1), start, stop, self.cache)
-        self.stats.blocks += x.shape[1] * (stop - start)
-        self.stats.bytes += (stop - start) * (self.block_bytes + self.reached[s] * self.position_bytes)
-        self.queue[s + 1].append(x)
-        self.reached[s + 1] = self.reached[s]
-        if s < len(self.heads) and self.head_caches[s]:
-            self.unread[s] = x if self.unread[s] is None else torch.cat((self.unread[s], x), 1)
-        return x.shape[1]
+        """All positions that wait at bounds[s] go on to bounds[s + 1], in one pass."""
+        first, end = self.reached[s + 1], self.reached[s]
+        if first < end:
+            start, stop = self.bounds[s], self.bounds[s + 1]
+            waiting = self.states[s, :, first:end]                        # (1, n, D)
+            self.arrive(s + 1, self.model.run(waiting, start, stop, self.cache))
+            self.log.passes.append((first, end, start, stop))
 
-    def ask(self, s, rows=1):
-        """Logits (rows, V) of the head at bounds[s + 1] for the newest rows that arrived there."""
-        if self.head_caches[s]:
-            x = self.read(s)
-        else:
-            x = self.heads[s].body(self.queue[s + 1][-1][:, -rows:])
-            self.spend(rows, self.body_costs[s])
-        self.spend(rows, self.unembed_cost)
-        return self.heads[s].output(x[:, -rows:])[0]
+    def ask(self, s):
+        """Logits (V,) of the head at bounds[s + 1], for the newest position there."""
+        return self.heads[s].output(self.read(s)[:, -1:])[0, 0]
 
     def read(self, s):
-        """A block head takes in the rows that it has yet to read, and keeps their keys and values."""
-        x, self.unread[s] = self.unread[s], None
-        self.spend(x.shape[1], self.body_costs[s], self.reached[s + 1])
-        return self.heads[s].body(x, self.head_caches[s])
+        """The head at bounds[s + 1] reads on -> (1, n, D).
 
-    def spend(self, rows, cost, positions=0):
-        """Count a pass of rows through matrices of `cost` block-equivalents, which attends to so many positions."""
-        self.stats.extra_cost += rows * cost
-        self.stats.bytes += cost * self.block_bytes + positions * self.position_bytes
+        With a memory it reads all that is new, without one the newest state alone.
+        """
+        cache, end = self.head_caches[s], self.reached[s + 1]
+        first = end - 1 if cache is None else cache.length[0]
+        self.log.asked.append((self.bounds[s + 1], first, end))
+        return self.heads[s].body(self.states[s + 1, :, first:end], cache)
 
-    def prompt(self, tokens):
-        """All tokens of a prompt go to full depth, and block heads read them; the rows at depth L (1, n, D)."""
-        self.push(tokens)
+    def full_depth(self, rows):
+        """All that waits goes to depth L -> the full model's logits of the newest (rows, V)."""
         for s in range(len(self.bounds) - 1):
             self.advance(s)
-        for s, cache in enumerate(self.head_caches):
-            if cache:
-                self.read(s)
-        return self.take()
-
-    def take(self):
-        """The rows that have reached depth L since the last call."""
-        return self.queue[-1].pop()
+        end = self.reached[-1]
+        return self.model.unembed(self.states[-1, :, end - rows:end])[0]
 
     def cut(self, n):
-        """Forget every position from n on, wherever it waits."""
-        for s, rows in enumerate(self.queue[:-1]):                        # the last queue is empty: all were taken
-            keep = min(self.reached[s], n) - self.reached[s + 1]
-            self.queue[s] = [torch.cat(rows, 1)[:, :keep]] if rows and keep > 0 else []
-        for s, cache in enumerate(self.head_caches):
-            if cache:
-                if self.unread[s] is not None:
-                    keep = max(0, n - cache.length[0])
-                    self.unread[s] = self.unread[s][:, :keep] if keep else None
+        """Forget every position from n on, at every depth."""
+        self.reached = [min(n, end) for end in self.reached]
+        for cache in (self.cache, *self.head_caches):
+            if cache is not None:
                 cache.truncate(n)
-        lost = [max(0, r - n) for r in self.reached]
-        self.stats.redone += sum(k * (b - a) for k, a, b in zip(lost[1:], self.bounds, self.bounds[1:]))
-        self.reached = [min(r, n) for r in self.reached]
-        self.cache.truncate(n)
 
-    def copy_state(self, s):
-        """CALM's shortcut: the deeper blocks take keys and values of the position waiting at bounds[s] from there."""
-        x = self.queue[s].pop()
-        for block in range(self.bounds[s], self.bounds[-1]):
+    def copy(self, s):
+        """CALM's shortcut: the newest position's deeper keys and values from its exit state."""
+        end, start, stop = self.reached[s], self.bounds[s], self.bounds[-1]
+        x = self.states[s, :, end - 1:end]                                # (1, 1, D)
+        for block in range(start, stop):
             self.model.keys_values(x, block, self.cache)
-        for m in range(s, len(self.heads)):                               # deeper block heads read it from there, too
-            if self.head_caches[m]:
-                self.unread[m] = x if self.unread[m] is None else torch.cat((self.unread[m], x), 1)
-        self.reached[s + 1:] = [self.reached[s]] * (len(self.bounds) - s - 1)
-        self.spend(1, (self.bounds[-1] - self.bounds[s]) / 6)             # 2 of a block's 12 D x D products
+        for deeper in range(s + 1, len(self.bounds)):
+            self.arrive(deeper, x)
+        self.log.copied.append((end - 1, end, start, stop))
 
 
-# ---------------------------------------------------------------- decoding
+# ---------------------------------------------------------------- draft and verify
+
+
+class Draft(NamedTuple):
+    token: int
+    depth: int                    # of the exit that drafted it
+    q: torch.Tensor               # the head's distribution (V,), when sampling
 
 
 def distribution(logits, temperature, top_p):
-    """Probabilities (..., V) that sampling uses: softmax at the temperature, cut to the top-p nucleus."""
+    """Probabilities (..., V): softmax at the temperature, cut to the top-p nucleus."""
     logits = logits.float()
-    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)   # no overflow at a tiny temperature
+    largest = logits.amax(-1, keepdim=True)              # so that no temperature overflows
+    p = ((logits - largest) / temperature).softmax(-1)
     if top_p < 1:
         ordered, at = p.sort(-1, descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0                # keep the fewest that reach top_p
+        before = ordered.cumsum(-1) - ordered
+        ordered[before >= top_p] = 0                     # keep the fewest that reach top_p
         p = torch.zeros_like(p).scatter(-1, at, ordered)
         p /= p.sum(-1, keepdim=True)
     return p
@@ -587,501 +272,328 @@ def draw(p, generator):
     return torch.multinomial(p, 1, generator=generator).item()
 
 
-def keep_or_replace(p, q, token, generator):
-    """Speculative sampling of one draft token ~ q against the full model's p (V,): (kept, token)."""
-    if torch.rand((), generator=generator, device=p.device) * q[token] < p[token]:    # probability min(1, p / q)
-        return True, token
+class Choice(NamedTuple):
+    """How a token is taken: greedy at temperature 0, else drawn from the top-p nucleus."""
+    temperature: float
+    top_p: float
+    generator: torch.Generator
+
+
+def propose(frontier, measure, choice):
+    """The newest position advances to the first certain head -> its Draft, or None."""
+    for s, threshold in enumerate(frontier.thresholds):
+        frontier.advance(s)
+        z = frontier.ask(s)                                               # (V,)
+        # LayerSkip's head is certain whatever it says: then nothing needs to be measured
+        if threshold == math.inf or is_certain(measure(z), threshold):
+            depth = frontier.bounds[s + 1]
+            if choice.temperature == 0:
+                return Draft(z.argmax().item(), depth, None)
+            q = distribution(z, choice.temperature, choice.top_p)
+            return Draft(draw(q, choice.generator), depth, q)
+    return None
+
+
+def verify(logits, drafts, choice):
+    """The accept rule: full-model logits (n + 1, V) at n drafts -> (kept drafts, next token)."""
+    # greedy: keep x_i while x_i = argmax z_L
+    if choice.temperature == 0:
+        full, kept = logits.argmax(-1).tolist(), 0
+        while kept < len(drafts) and drafts[kept].token == full[kept]:
+            kept += 1
+        return kept, full[kept]
+    # sampled: keep x_i ~ q with probability min(1, p(x_i) / q(x_i)), else draw from max(0, p - q)
+    p = distribution(logits, choice.temperature, choice.top_p)            # (n + 1, V)
+    for i, (x, _, q) in enumerate(drafts):
+        kept, token = keep_or_replace(p[i], q, x, choice.generator)
+        if not kept:
+            return i, token
+    return len(drafts), draw(p[-1], choice.generator)
+
+
+def keep_or_replace(p, q, x, generator):
+    """Speculative sampling of a draft x ~ q (V,) against the full model's p (V,): (kept, token)."""
+    if torch.rand((), generator=generator, device=p.device) * q[x] < p[x]:
+        return True, x
     rest = (p - q).clamp(min=0)
     if not rest.any():                                                    # p = q up to rounding
         rest = p
     return False, draw(rest, generator)
 
 
-def verify_drafts(logits, pending, temperature, top_p, generator):
-    """Full-model logits (n + 1, V) for n pending drafts -> how many are kept, and the full model's next token.
-
-    With n rows only, there is no next token after n kept drafts: None.
-    """
-    if not temperature:
-        full = logits.argmax(-1).tolist()
-        kept = next((i for i, (token, _, _) in enumerate(pending) if token != full[i]), len(pending))
-        return kept, full[kept] if kept < len(full) else None
-    p = distribution(logits, temperature, top_p)
-    for i, (token, _, q) in enumerate(pending):
-        kept, token = keep_or_replace(p[i], q, token, generator)
-        if not kept:
-            return i, token
-    return len(pending), draw(p[len(pending)], generator) if len(p) > len(pending) else None
+# ---------------------------------------------------------------- the loop
 
 
-def answers_of(logits, threshold):
-    """A head's uncertainties and choices [[..], [..]] for logits (rows, V), with one synchronisation."""
-    choice = logits.argmax(-1)
-    if threshold == float("inf"):                                         # LayerSkip's head is never uncertain
-        return [[0.0] * len(choice), choice.tolist()]
-    return torch.stack((entropy(logits), choice.float())).tolist()
+@torch.inference_mode()
+def decode(model, ids, limit, policy, choice, stop, log):
+    """One generation of `limit` tokens at most. Yields (token, depth that produced it)."""
+    L, measure = model.config.num_hidden_layers, None
+    if policy.heads is not None:
+        measure = MEASURES[policy.heads.measure]
+    frontier = Frontier(model, policy, len(ids) + limit, log)
+    # the prompt goes to full depth and gives the first token; heads with a memory read it
+    log.prompt = len(ids)
+    frontier.enter(ids)
+    _, token = verify(frontier.full_depth(1), [], choice)
+    for s, cache in enumerate(frontier.head_caches):
+        if cache is not None:
+            frontier.read(s)
+    drafts, settled, emitted = [], [(token, L)], 0
+    while True:
+        # emit what is settled
+        for token, depth in settled:
+            emitted += 1
+            yield token, depth
+            if token == stop or emitted == limit:
+                return
+        # the newest token arrives at depth 0
+        if drafts:
+            token = drafts[-1].token
+        frontier.enter([token])
+        # a draft, if there is room for one
+        fits = len(drafts) < policy.max_draft and emitted + len(drafts) + 1 < limit
+        ended = bool(drafts) and token == stop
+        proposal = None
+        if policy.final or (fits and not ended):
+            proposal = propose(frontier, measure, choice)
+        settled = []
+        if proposal is None:
+            # nobody is certain: the full model verifies all drafts in one pass
+            kept, token = verify(frontier.full_depth(len(drafts) + 1), drafts, choice)
+            rejected = len(drafts) - kept
+            frontier.cut(frontier.reached[-1] - rejected)
+            log.rounds.append((len(drafts), kept))
+            settled = [(draft.token, draft.depth) for draft in drafts[:kept]]
+            settled.append((token, L))
+            drafts = []
+        elif policy.final:
+            settled = [(proposal.token, proposal.depth)]
+            if policy.fill == "copy":
+                frontier.copy(frontier.bounds.index(proposal.depth))
+        else:
+            drafts.append(proposal)
 
 
-class Decoder:
-    """One generation: the loop that all policies share. Iterating yields (token, depth that produced it)."""
-
-    def __init__(self, model, ids, max_new_tokens, policy, temperature, top_p, stop, seed, stats):
-        self.model, self.ids, self.policy, self.stop, self.stats = model, ids, policy, stop, stats
-        self.temperature, self.top_p = temperature, top_p
-        self.limit = min(max_new_tokens, model.config.max_position_embeddings - len(ids) + 1)
-        self.device = model.embed_in.weight.device
-        self.generator = torch.Generator(self.device)
-        self.generator.seed() if seed is None else self.generator.manual_seed(seed)
-        self.frontier = Frontier(model, policy, len(ids) + self.limit, stats)
-        self.pending, self.emitted = [], 0                                # pending: drafts (token, depth, q)
-
-    def prefill(self):
-        """The whole prompt to full depth; the full model's first token."""
-        seconds, f = stopwatch(self.device), self.frontier
-        f.stats = Stats()                                                 # the prompt counts in seconds only
-        last = f.prompt(self.ids)[:, -1:]                                 # (1, 1, D)
-        f.stats = self.stats
-        _, token = verify_drafts(self.model.unembed(last)[0], [], self.temperature, self.top_p, self.generator)
-        self.stats.prefills += 1
-        self.stats.prefill_seconds += seconds()
-        return token
-
-    def draft(self, deep):
-        """Advance the newest position exit by exit until a head is certain: (token, depth, q). None if none is.
-
-        `deep`: nothing more is drafted this round, so no head is asked but for the veto.
-        """
-        f, pending = self.frontier, self.pending
-        for s, threshold in enumerate(f.thresholds):
-            fresh = f.advance(s)
-            vetoing = self.policy.veto and not self.temperature and pending and fresh
-            if deep and not vetoing:
-                continue
-            logits = f.ask(s, fresh if vetoing else 1)                    # (rows, V)
-            answers = answers_of(logits, threshold)
-            if vetoing:                                                   # row i predicts the draft `first + i`
-                first = f.reached[s + 1] - fresh - f.reached[-1]
-                for i, (uncertainty, guess) in enumerate(zip(*answers), start=first):
-                    if i < len(pending) and guess != pending[i][0] and is_certain(uncertainty, threshold):
-                        f.cut(f.reached[-1] + i + 1)                      # verification would most likely end there
-                        del pending[i:]
-                        deep = True
-                        break
-            if not deep and is_certain(answers[0][-1], threshold):
-                if not self.temperature:
-                    return int(answers[1][-1]), f.bounds[s + 1], None
-                q = distribution(logits[-1], self.temperature, self.top_p)
-                return draw(q, self.generator), f.bounds[s + 1], q
-        return None
-
-    def full_depth(self):
-        """Everything that waits goes to depth L; returns the tokens this settles, [(token, depth)]."""
-        f, model, stats, L = self.frontier, self.model, self.stats, self.model.config.num_hidden_layers
-        verified = f.reached[-1]                                          # positions at full depth so far
-        f.advance(len(f.bounds) - 2)
-        rows = f.take() if self.policy.verify else f.take()[:, -1:]       # (1, n, D)
-        f.spend(rows.shape[1], f.unembed_cost)
-        kept, token = verify_drafts(model.unembed(rows)[0], self.pending, self.temperature, self.top_p, self.generator)
-        if kept < len(self.pending):
-            f.cut(verified + kept + 1)
-        settled = [draft[:2] for draft in self.pending[:kept]] + ([(token, L)] if token is not None else [])
-        if self.policy.verify:
-            stats.rounds, stats.accepted = stats.rounds + 1, stats.accepted + kept
-            stats.draft_lengths[self.drafted] += 1
-            stats.drafted += self.drafted
-        self.pending, self.drafted = [], 0
-        return settled
-
-    @torch.inference_mode()
-    def __iter__(self):
-        stats, self.drafted = self.stats, 0
-        settled = [(self.prefill(), self.model.config.num_hidden_layers)]
-        while True:
-            for token, depth in settled:
-                self.emitted += 1
-                stats.emitted += 1
-                stats.exits[depth] += 1
-                yield token, depth
-                if token == self.stop or self.emitted == self.limit:
-                    return
-            seconds = stopwatch(self.device)                              # the caller's time does not count
-            settled = self.step(token)
-            stats.decode_seconds += seconds()
-
-    def step(self, last):
-        """One more position after the newest token; returns the tokens that are settled by it, [(token, depth)]."""
-        f, policy = self.frontier, self.policy
-        newest = self.pending[-1][0] if self.pending else last
-        ended = bool(self.pending) and newest == self.stop                # a drafted end needs no position of its own
-        if not ended:
-            f.push([newest])
-        deep = ended or policy.verify and (len(self.pending) >= policy.max_draft
-                                           or self.emitted + len(self.pending) + 1 >= self.limit)
-        draft = self.draft(deep)
-        if draft is None:
-            return self.full_depth()
-        if policy.verify:
-            self.pending.append(draft)
-            self.drafted += 1
-            return []
-        if policy.fill == "copy":
-            f.copy_state(f.bounds.index(draft[1]))
-        return [draft[:2]]
+def new_token_limit(model, ids, max_new_tokens):
+    """How many tokens can follow. The last one is never fed back and needs no place."""
+    return min(max_new_tokens, model.config.max_position_embeddings - len(ids) + 1)
 
 
-def generate(model, ids, max_new_tokens, policy, *, temperature=0.0, top_p=1.0, stop=None, seed=None, stats=None):
-    """Continue the prompt `ids` by at most max_new_tokens tokens under a policy -> Generation.
-
-    Greedy at temperature 0, else sampled from the top_p nucleus. Ends with the token `stop` (kept), or when the
-    context is full: context - len(ids) + 1 new tokens. `stats`, where given, is added to. Raises InputError.
-    """
-    stats = Stats() if stats is None else stats
-    tokens, depths = [], []
-    for token, depth in stream(model, ids, max_new_tokens, policy, temperature=temperature, top_p=top_p, stop=stop,
-                               seed=seed, stats=stats):
-        tokens.append(token)
-        depths.append(depth)
-    return Generation(tokens, depths, stats)
-
-
-def stream(model, ids, max_new_tokens, policy, *, temperature=0.0, top_p=1.0, stop=None, seed=None, stats=None):
+def stream(model, ids, max_new_tokens, policy, *, temperature=0.0, top_p=1.0, stop=None, seed=None,
+           log=None):
     """As generate(), but yields (token, depth that produced it) as they are settled."""
-    context = model.config.max_position_embeddings
+    context, heads = model.config.max_position_embeddings, policy.heads
     if not ids:
         raise InputError("the prompt is empty; give at least one token")
     if len(ids) > context:
-        raise InputError(f"the prompt has {len(ids)} tokens, the context holds {context}; shorten it")
-    if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
-        raise InputError("max_new_tokens must be at least 1, temperature at least 0, and top_p in (0, 1]")
-    if policy.heads and len(policy.thresholds) != len(policy.heads.layers):
-        raise InputError(f"{len(policy.thresholds)} thresholds were given for {len(policy.heads.layers)} heads")
-    return iter(Decoder(model, list(ids), max_new_tokens, policy, temperature, top_p, stop, seed,
-                        Stats() if stats is None else stats))
+        raise InputError(f"the prompt has {len(ids)} tokens, the context holds {context}; "
+                         f"shorten it")
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise InputError("max_new_tokens must be at least 1, temperature at least 0, "
+                         "and top_p in (0, 1]")
+    if heads is not None and len(policy.thresholds) != len(heads.layers):
+        raise InputError(f"{len(policy.thresholds)} thresholds were given for "
+                         f"{len(heads.layers)} heads")
+    if heads is not None and heads.measure not in MEASURES:
+        raise InputError(f"the heads' measure {heads.measure!r} is not one of "
+                         f"{', '.join(MEASURES)}")
+    generator = torch.Generator(model.embed_in.weight.device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    limit = new_token_limit(model, ids, max_new_tokens)
+    log = Log() if log is None else log
+    choice = Choice(temperature, top_p, generator)
+    return decode(model, list(ids), limit, policy, choice, stop, log)
 
 
-# ---------------------------------------------------------------- the automatic level
+@dataclass
+class Generation:
+    tokens: list                  # new ids
+    depths: list                  # the depth that produced each
+    log: Log
+    prefill_seconds: float        # until the first token
+    decode_seconds: float         # all further tokens
 
 
-@torch.inference_mode()
-def record(model, heads, prompts, max_new_tokens, temperature=0.0, top_p=1.0, decoder=None):
-    """The full model's own continuations, and what every head would have said at each of their positions.
+def generate(model, ids, max_new_tokens, policy, *, temperature=0.0, top_p=1.0, stop=None,
+             seed=None):
+    """Continue the prompt `ids` by at most max_new_tokens tokens under a policy -> Generation.
 
-    Returns entropy (N, M) in nats and the chance that the head's draft is kept (N, M), over all prompts' new tokens:
-    agreement with the full model's argmax at temperature 0, else sum_x min(p(x), q(x)).
+    Greedy at temperature 0, else sampled from the top_p nucleus. Ends with the token `stop` (kept),
+    or when the context is full: context - len(ids) + 1 new tokens. Raises InputError.
     """
-    uncertainty, kept, decoder = [], [], decoder or fast(model)
-    for prompt in prompts:
-        new = generate(decoder, prompt, max_new_tokens, Plain(), temperature=temperature, top_p=top_p, seed=0).tokens
-        ids = torch.tensor([prompt + new], device=model.embed_in.weight.device)      # (1, P + n)
-        full, hidden = model(ids[:, :-1], exits=heads.layers)
-        asked = slice(len(prompt), None)                                  # the prefill gives the first new token
-        full, heads_say = full[0, asked], [z[0, asked] for z in heads.logits(hidden)]    # (n - 1, V) each
-        uncertainty.append(torch.stack([entropy(z) for z in heads_say], 1))
-        if temperature:
-            p, qs = distribution(full, temperature, top_p), [distribution(z, temperature, top_p) for z in heads_say]
-            kept.append(torch.stack([torch.minimum(p, q).sum(-1) for q in qs], 1))
-        else:
-            kept.append(torch.stack([(z.argmax(-1) == full.argmax(-1)).float() for z in heads_say], 1))
-    return torch.cat(uncertainty).cpu().numpy(), torch.cat(kept).cpu().numpy()
+    log, device = Log(), model.embed_in.weight.device
+    options = {"temperature": temperature, "top_p": top_p, "stop": stop, "seed": seed}
+    pairs = stream(model, ids, max_new_tokens, policy, log=log, **options)
+    begin = seconds(device)
+    first = next(pairs)
+    middle = seconds(device)
+    pairs = [first, *pairs]
+    end = seconds(device)
+    tokens = [token for token, _ in pairs]
+    depths = [depth for _, depth in pairs]
+    return Generation(tokens, depths, log, middle - begin, end - middle)
 
 
-@torch.inference_mode()
-def measure(model, heads, max_rows, repeats=30):
-    """Milliseconds on this machine: {"block": [.. by rows], "full": [.. by rows], "head", "choice": [.. by exit]}.
-
-    block: one block for n = 1 .. max_rows rows at a cache of 128 positions; full: what else a pass of n rows to full
-    depth costs (embedding, unembedding, choice, bookkeeping); head: what else a draft costs; choice: the same where the
-    head is always certain, so that its entropy is not needed. Medians.
-    """
-    M, L = len(heads.layers), model.config.num_hidden_layers
-
-    def ready(thresholds):
-        """A frontier with 128 positions at full depth."""
-        f = Frontier(model, Policy("", heads, thresholds), 128 + max_rows, Stats())
-        f.prompt([0] * 128)
-        return f
-
-    def run_blocks(f, x):
-        model.run(x, 0, L, f.cache)[0, 0, 0].item()
-
-    def run_the_rest(f, x):
-        f.push([0] * x.shape[1])
-        f.advance(0)
-        model.unembed(f.take())[0].argmax(-1).tolist()
-
-    def draft(f, threshold):
-        f.push([0])
-        f.advance(0)
-        answers_of(f.ask(0), threshold)
-
-    whole, bare, asked = ready([None] * M), ready([None] * M), [ready([1.0 if i == m else None for i in range(M)]) for m in range(M)]
-    bare.bounds = [0, 0]                                                  # passes through no block at all
-    for f in asked:
-        f.bounds[1] = 0
-    rows = [model.embed(torch.zeros(1, n, dtype=torch.long, device=whole.cache.kv.device)) for n in range(1, max_rows + 1)]
-    steps = {"block": [(run_blocks, whole, x) for x in rows], "full": [(run_the_rest, bare, x) for x in rows],
-             "head": [(draft, f, 1.0) for f in asked], "choice": [(draft, f, float("inf")) for f in asked]}
-    times = {name: [[] for _ in own] for name, own in steps.items()}
-    for _ in range(repeats + 3):                                          # in turn: a slow moment of the machine is everyone's
-        for name, own in steps.items():
-            for (step, f, what), spent in zip(own, times[name]):
-                seconds = stopwatch(f.cache.kv.device)
-                step(f, what)
-                spent.append(seconds())
-                f.cut(128)
-    cost = {name: [1000 * sorted(spent[3:])[repeats // 2] for spent in own] for name, own in times.items()}   # three warm up
-    return {**cost, "block": [ms / L for ms in cost["block"]]}
+def seconds(device):
+    """A clock that waits for what a GPU still computes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
-def replay(layers, L, exits, good, max_draft, cost):
-    """Milliseconds per token that DSSD would take on recorded tokens, without running the model.
-
-    exits[p]: index of the exit that drafts token p, or None (full depth); good[p]: whether that draft is kept. After
-    the first bad draft of a round the recorded uncertainties stand in for those of the wrong text, which nobody knows.
-    """
-    block, full, head = cost["block"], cost["full"], cost["head"]
-    used = sorted(layers)
-    bounds = [0, *(layers[m] for m in used), L]
-    p, N, ms = 0, len(exits), 0.0
-    while p < N:
-        waiting, drafted = [0] * len(bounds), 0                           # rows that wait at each bound
-        while True:
-            deep = drafted == max_draft or p + drafted >= N - 1
-            waiting[0] += 1
-            e = None if deep else exits[p + drafted]
-            for s, m in enumerate(used):
-                ms += (bounds[s + 1] - bounds[s]) * block[min(waiting[s], len(block)) - 1]
-                waiting[s + 1] += waiting[s]
-                waiting[s] = 0
-                if not deep:
-                    ms += head[m]
-                    if e == m:
-                        break
-            else:
-                break
-            drafted += 1
-        n = min(waiting[-2], len(block))
-        ms += (L - bounds[-2]) * block[n - 1] + full[n - 1]
-        kept = next((i for i in range(drafted) if not good[p + i]), drafted)
-        p += kept + 1
-    return ms / p
+# ---------------------------------------------------------------- the accounts, from the log
 
 
-MAX_DRAFTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)                             # draft caps that tune tries
+@dataclass
+class Summary:
+    """What generations under one policy did. Per token: after the prefill's. NaN: undefined."""
+    emitted: int                  # new tokens, the prefill's first ones included
+    drafted: int
+    accepted: int                 # drafts kept: all before the first mismatch
+    wasted: int                   # drafted - accepted
+    rounds: int                   # verifications
+    acceptance: float             # accepted / drafted
+    tau: float                    # emitted tokens per round
+    draft_length: float           # drafts per round
+    layers_per_token: float       # blocks run
+    ms_per_token: float
+    tokens_per_second: float
+    prefill_seconds: float        # of all prompts
+    draft_lengths: Counter        # rounds by their number of drafts
+    exits: Counter                # emitted tokens by the depth that produced them
 
 
-def tune(model, heads, uncertainty, kept, cost):
-    """The automatic level: DSSD's settings on recorded tokens, fastest first: [(expected ms per token, thresholds, max_draft)].
-
-    Tries every head alone and every pair of heads, one level of agreement for both (thresholds by calibration on the
-    record itself) or no condition at all, and every draft cap, under the measured cost model; the fastest level of each
-    choice of heads and cap is kept. Plain decoding, all thresholds None, is among them.
-    """
-    M, L = len(heads.layers), model.config.num_hidden_layers
-    good = np.random.default_rng(0).random(kept.shape) < kept             # (N, M), kept or not
-    always_cost = {**cost, "head": cost["choice"]}
-    found = {None: (L * cost["block"][0] + cost["full"][0], [None] * M, 1)}
-    tried = (0.98, 0.95, 0.93, 0.91, 0.89, 0.87, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
-    levels = {m: [calibrate(uncertainty[:, m], good[:, m], level) for level in tried] + [float("inf")] for m in range(M)}
-    for chosen in [c for n in (1, 2) for c in itertools.combinations(range(M), n)]:
-        for i in range(len(levels[0])):
-            thresholds = [levels[m][i] if m in chosen else None for m in range(M)]
-            if any(thresholds[m] is None for m in chosen) or len(chosen) > 1 and thresholds[chosen[0]] == float("inf"):
-                continue                                                  # never consulted, neither heads nor those behind an always certain one
-            certain = np.stack([is_certain(uncertainty[:, m], thresholds[m]) for m in chosen], 1)   # (N, 1 or 2)
-            first = certain.argmax(1)
-            exits = [chosen[f] if any_ else None for f, any_ in zip(first, certain.any(1))]
-            hit = good[np.arange(len(good)), [chosen[f] for f in first]].tolist()
-            always_certain = thresholds[chosen[0]] == float("inf")
-            for cap in MAX_DRAFTS:
-                ms = replay({m: heads.layers[m] for m in chosen}, L, exits, hit, cap, always_cost if always_certain else cost)
-                if (chosen, cap) not in found or ms < found[chosen, cap][0]:
-                    found[chosen, cap] = ms, thresholds, cap
-    return sorted(found.values(), key=lambda setting: setting[0])
+def summarize(policy, generations):
+    """Generations under one policy -> Summary. A prompt's own passes count in seconds only."""
+    emitted = sum(len(g.tokens) for g in generations)
+    decoded = max(1, emitted - len(generations))
+    rounds, blocks = [], 0
+    for g in generations:
+        if not policy.final:
+            rounds += g.log.rounds
+        for first, end, start, stop in g.log.passes:
+            if first >= g.log.prompt:
+                blocks += (end - first) * (stop - start)
+    drafted = sum(drafts for drafts, _ in rounds)
+    accepted = sum(kept for _, kept in rounds)
+    time_spent = sum(g.decode_seconds for g in generations)
+    return Summary(
+        emitted, drafted, accepted, drafted - accepted, len(rounds),
+        acceptance=ratio(accepted, drafted),
+        tau=ratio(decoded, len(rounds)),
+        draft_length=ratio(drafted, len(rounds)),
+        layers_per_token=blocks / decoded,
+        ms_per_token=1000 * time_spent / decoded,
+        tokens_per_second=ratio(decoded, time_spent),
+        prefill_seconds=sum(g.prefill_seconds for g in generations),
+        draft_lengths=Counter(drafts for drafts, _ in rounds),
+        exits=Counter(depth for g in generations for depth in g.depths))
 
 
-def automatic(model, heads, prompts, max_new_tokens=96, temperature=0.0, top_p=1.0, decoder=None, recorded=None):
-    """A DSSD policy tuned on the model's own continuations of `prompts` (lists of ids) on this machine.
-
-    The six settings that `tune` expects to be fastest race plain decoding on every second prompt, twice. What is expected
-    knows more tokens, the race knows the loop itself: the least product of both wins. `recorded`: what `record` gave, where
-    it is known already, as from a smaller model of the same function.
-    """
-    decoder, never = decoder or fast(model), [None] * len(heads.layers)
-    uncertainty, kept = recorded or record(model, heads, prompts, max_new_tokens, temperature, top_p, decoder)
-    found = tune(model, heads, uncertainty, kept, measure(decoder, heads, 17))
-    found = [f for f in found if f[1] != never][:6] + [f for f in found if f[1] == never]
-    entrants = [DSSD(heads, thresholds, cap) for _, thresholds, cap in found]
-    for i, policy in enumerate(entrants):
-        policy.name = f"{i}"
-    runs = run_in_turn(decoder, entrants, prompts[::2], max_new_tokens, temperature, top_p, repeats=2)
-    taken = [expected * min(stats.ms_per_token for stats, _ in runs[policy.name]) for policy, (expected, *_) in zip(entrants, found)]
-    winner = entrants[taken.index(min(taken))]
-    said = [f"exit {n} below {t:.2f} nats" if t < float("inf") else f"exit {n} always"
-            for n, t in zip(heads.layers, winner.thresholds) if t is not None]
-    print("automatic level: " + (", ".join(said) + f", at most {winner.max_draft} drafts" if said else
-                                 "plain decoding is the fastest here"), flush=True)
-    winner.name = "DSSD"
-    return winner
+def ratio(a, b):
+    return a / b if b else math.nan
 
 
 # ---------------------------------------------------------------- the chapter's demonstration
 
-COLOURS = ((0.0, "#440154", 54), (0.3, "#31688e", 31), (0.6, "#35b779", 36), (1.01, "#b8860b", 136))   # by depth / L
-
-
-def colour(depth, L):
-    """A colour-blind safe colour of a depth: (hex, terminal code), dark violet (shallow) to gold (full)."""
-    return next((h, code) for upto, h, code in COLOURS if depth / L <= upto + 1e-9 or upto > 1)
-
 
 def show_stream(tokenizer, pairs, L):
-    """Print (token, depth) pairs as they come, coloured by depth, then a legend; plain where colour is unwanted."""
+    """Print (token, depth) pairs as they come, coloured by depth, then a legend -> the pairs."""
     colourful = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
     def paint(depth, text):
-        return f"\033[38;5;{colour(depth, L)[1]}m{text}\033[0m" if colourful else text
+        return f"\033[38;5;{terminal_colour(depth, L)}m{text}\033[0m" if colourful else text
 
     decoder, seen = codecs.getincrementaldecoder("utf-8")("replace"), []
     for token, depth in pairs:
         seen.append((token, depth))
         if token != tokenizer.end:
             print(paint(depth, decoder.decode(tokenizer.bytes.get(token, b""))), end="", flush=True)
-    print("\ndepth that produced the tokens: " + ", ".join(
-        paint(d, f"{d} of {L} blocks {n / len(seen):.0%}") for d, n in sorted(Counter(d for _, d in seen).items())))
+    by_depth = sorted(Counter(depth for _, depth in seen).items())
+    legend = [paint(d, f"{d} of {L} blocks {n / len(seen):.0%}") for d, n in by_depth]
+    print("\ndepth that produced the tokens: " + ", ".join(legend))
     return seen
 
 
-def draw_tokens(path, tokenizer, tokens, depths, L):
-    """The continuation as a picture: one bar per token, as high as the depth that produced it."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    n = min(96, len(tokens))
-    figure, axes = plt.subplots(figsize=(0.16 * n + 1, 3), layout="constrained")
-    axes.bar(range(n), depths[:n], color=[colour(d, L)[0] for d in depths[:n]], width=0.85)
-    labels = [tokenizer.decode([t]).encode("unicode_escape").decode().replace("$", r"\$") for t in tokens[:n]]
-    axes.set_xticks(range(n), labels, rotation=90, fontsize=6, family="monospace")
-    axes.set(ylabel="depth that produced it (blocks)", ylim=(0, L + 0.5), xlim=(-0.6, n - 0.4))
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def terminal_colour(depth, L):
+    """Dark violet (shallow) to gold (the full model): a code of the 256 terminal colours."""
+    for share, code in ((0.13, 54), (0.3, 31), (0.99, 36)):
+        if depth / L <= share:
+            return code
+    return 136
 
 
-DRAFT_LENGTHS = (1, 2, 3, 4, 5, 6, 10, 15)                                # LayerSkip's grid, for every exit
+def table(model, policies, prompts, max_new_tokens, **options):
+    """Run every policy {name: Policy} on every prompt and print a line for each."""
+    print(f"{'policy':<15}{'tokens/s':>8}{'x Plain':>9}{'acceptance':>12}{'wasted':>8}"
+          f"{'tokens/round':>14}{'drafts/round':>14}{'blocks/token':>14}{'same text':>11}")
+    speed_of_plain, plain_texts = None, None
+    for name, policy in policies.items():
+        runs = [generate(model, ids, max_new_tokens, policy, **options) for ids in prompts]
+        s, texts = summarize(policy, runs), [g.tokens for g in runs]
+        if speed_of_plain is None:
+            speed_of_plain, plain_texts = s.tokens_per_second, texts
+        same = sum(a == b for a, b in zip(texts, plain_texts)) / len(prompts)
+        row = (f"{name:<15}{s.tokens_per_second:>8.0f}{s.tokens_per_second / speed_of_plain:>9.2f}"
+               f"{s.acceptance:>12.2f}{s.wasted:>8}{s.tau:>14.2f}{s.draft_length:>14.2f}"
+               f"{s.layers_per_token:>14.1f}{same:>11.0%}")
+        print(row.replace("nan", "  -"), flush=True)
 
 
-def grid_of(heads):
-    """LayerSkip at every exit and every draft length."""
-    return [LayerSkip(heads, n, k) for n in heads.layers for k in DRAFT_LENGTHS]
-
-
-HEADER = ("policy", "tokens/s", "ms/token", "x Plain", "accept", "wasted", "tau", "draft", "layers", "cost", "same text")
-
-
-def row_of(name, stats, plain_ms, same):
-    """One line of the table; the columns of HEADER, costs per token in block-equivalents."""
-    cells = (f"{stats.tokens_per_second:.0f}", f"{stats.ms_per_token:.2f}", f"{plain_ms / stats.ms_per_token:.2f}",
-             f"{stats.acceptance:.2f}", f"{stats.wasted}", f"{stats.tau:.2f}", f"{stats.draft_length:.2f}",
-             f"{stats.layers_per_token:.1f}", f"{stats.cost_per_token:.1f}", same)
-    return f"{name:<22}" + "".join(f"{c.replace('nan', '-'):>10}" for c in cells)
-
-
-def ratio(a, b):
-    return f"{a / b:.2f}" if b and a == a and b == b else "-"   # a policy that never drafts has no acceptance
-
-
-def beside_grid(name, mine, grid):
-    """Sentences on a DSSD's Stats beside LayerSkip's grid {name: Stats}: best-tuned and mean."""
-    mean = {k: sum(getattr(s, k) for s in grid.values()) / len(grid) for k in ("acceptance", "wasted", "tokens_per_second")}
-    fastest = min(grid, key=lambda n: grid[n].ms_per_token)
-    most = max(grid, key=lambda n: grid[n].acceptance)
-    return (f"{name} beside LayerSkip's grid of {len(grid)} (fastest: {fastest}; highest acceptance: {most}):\n"
-            f"  acceptance {mine.acceptance:.2f}: {ratio(mine.acceptance, mean['acceptance'])} x the grid's mean, "
-            f"{ratio(mine.acceptance, grid[fastest].acceptance)} x the fastest's, "
-            f"{ratio(mine.acceptance, grid[most].acceptance)} x the highest\n"
-            f"  wasted {mine.wasted} tokens; the grid's mean wastes {ratio(mean['wasted'], mine.wasted)} x as many, the fastest "
-            f"{ratio(grid[fastest].wasted, mine.wasted)} x\n"
-            f"  speed {ratio(mine.tokens_per_second, mean['tokens_per_second'])} x the grid's mean, "
-            f"{ratio(mine.tokens_per_second, grid[fastest].tokens_per_second)} x the fastest's")
-
-
-def held_out_prompts(folder, n, length=64, split="test"):
-    """n prompts of `length` tokens from the standard library's held-out files, as lists of ids."""
-    found = toy_windows(split, n * 512, 512, folder)[:n, :length].tolist()
-    if len(found) < n:
-        raise InputError(f"the {split} split has text for {len(found)} prompts only, not {n}")
-    return found
-
-
-def run_in_turn(model, policies, prompts, max_new_tokens, temperature=0.0, top_p=1.0, repeats=3, seed=0):
-    """All policies in turn on every prompt, `repeats` times after a short one -> {name: [(Stats, texts) per repeat]}."""
-    runs = {p.name: [] for p in policies}
-    for repeat in range(repeats + 1):
-        totals, texts = {p.name: Stats() for p in policies}, {p.name: [] for p in policies}
-        for i, prompt in enumerate(prompts if repeat else prompts[:1]):
-            for policy in policies:
-                n = max_new_tokens if repeat else min(16, max_new_tokens)
-                texts[policy.name].append(generate(model, prompt, n, policy, temperature=temperature, top_p=top_p,
-                                                   seed=seed + i, stats=totals[policy.name]).tokens)
-        if repeat:
-            for name in runs:
-                runs[name].append((totals[name], texts[name]))
-    return runs
+def arguments():
+    parser = argparse.ArgumentParser(description="DSSD beside other ways of decoding.")
+    add = parser.add_argument
+    add("--prompt", default="import os\n\ndef find_files(path, pattern):\n    ", help="to continue")
+    add("--model", default=TOY, help="folder or official name (default: the toy)")
+    add("--heads", help="heads file (default: heads-fast.safetensors in the model's folder)")
+    add("--level", type=float, default=0.8, help="agreement that calibration aims at (default 0.8)")
+    add("--max-new-tokens", type=int, default=96, help="tokens")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--top-p", type=float, default=1.0, help="nucleus, in (0, 1]")
+    add("--prompts", type=int, default=3, help="held-out prompts behind the table")
+    add("--figure", help="draw the continuation, a bar per token, to this file")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.prompts < 1 or args.max_new_tokens < 2:
+        raise InputError("--prompts must be at least 1, --max-new-tokens at least 2")
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Dynamic self-speculative decoding, beside plain, early-exit and LayerSkip.")
-    parser.add_argument("--prompt", default="import os\n\ndef find_files(path, pattern):\n    ", help="text to continue")
-    parser.add_argument("--model", default=TOY, help="folder or official name (default: the toy)")
-    parser.add_argument("--heads", help="heads file (default: heads-fast.safetensors in the model's folder)")
-    parser.add_argument("--level", default="auto", help="agreement that calibration aims at, e.g. 0.9, or auto")
-    parser.add_argument("--max-new-tokens", type=int, default=96, help="tokens")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus, in (0, 1]")
-    parser.add_argument("--prompts", type=int, default=2, help="held-out prompts behind the table")
-    parser.add_argument("--figure", help="write the coloured continuation as a PNG")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    try:
-        level = None if args.level == "auto" else float(args.level)
-    except ValueError:
-        raise InputError(f"--level {args.level!r} must be a number such as 0.9, or auto") from None
-    if args.prompts < 1 or args.max_new_tokens < 2:
-        raise InputError("--prompts must be at least 1, --max-new-tokens at least 2")
+    from heads import ExitHeads, held_out_prompts
+    args = arguments()
+    if args.figure:
+        from appendix import figures
+        figures.check(args.figure)
     folder = locate(args.model)
     model, tokenizer = Pythia.from_pretrained(folder), Tokenizer.load(folder)
     heads = ExitHeads.load(args.heads or folder / "heads-fast.safetensors", model)
-    decoder, L = fast(model), model.config.num_hidden_layers
+    thresholds, L = heads.thresholds(args.level), model.config.num_hidden_layers
     options = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-    if level is None:
-        dssd = automatic(model, heads, held_out_prompts(folder, 8, split="calibration"), temperature=args.temperature,
-                         top_p=args.top_p)
-    else:
-        dssd = DSSD(heads, heads.thresholds(level))
-    prompt = tokenizer.encode(args.prompt)
-    pairs = stream(decoder, prompt, args.max_new_tokens, dssd, stop=tokenizer.end, **options)
+
+    # one prompt, as it is written
+    ids, dssd = tokenizer.encode(args.prompt), DSSD(heads, thresholds)
+    pairs = stream(model, ids, args.max_new_tokens, dssd, stop=tokenizer.end, **options)
     print(args.prompt, end="", flush=True)
     seen = show_stream(tokenizer, pairs, L)
     if args.figure:
-        draw_tokens(args.figure, tokenizer, *map(list, zip(*seen)), L)
+        figures.tokens(args.figure, tokenizer, seen, L)
         print(f"wrote {args.figure}")
 
-    grid = grid_of(heads)
-    early = EarlyExit(heads, heads.thresholds(level or 0.9))
-    prompts = held_out_prompts(folder, args.prompts)
-    runs = run_in_turn(decoder, [Plain(), early, dssd, *grid], prompts, args.max_new_tokens, repeats=1, **options)
-    stats = {name: r[0][0] for name, r in runs.items()}
-    fastest = min((p.name for p in grid), key=lambda n: stats[n].ms_per_token)
-    print(f"\n{args.prompts} held-out prompts x {args.max_new_tokens} tokens; {torch.get_num_threads()} threads, "
-          f"{model.embed_in.weight.dtype}; cost in block-equivalents per token")
-    print(f"{HEADER[0]:<22}" + "".join(f"{h:>10}" for h in HEADER[1:]))
-    for name in ("Plain", "EarlyExit", fastest, "DSSD"):
-        same = sum(a == b for a, b in zip(runs[name][0][1], runs["Plain"][0][1])) / len(prompts)
-        print(row_of(name + (" (best)" if name == fastest else ""), stats[name], stats["Plain"].ms_per_token, f"{same:.0%}"))
-    mine = stats["DSSD"]
-    print(beside_grid("DSSD", mine, {p.name: stats[p.name] for p in grid}))
-    print("exits of DSSD's tokens: " + ", ".join(f"{n / mine.emitted:.0%} at depth {d}" for d, n in sorted(mine.exits.items()))
-          + "; draft lengths: " + ", ".join(f"{k}: {n}" for k, n in sorted(mine.draft_lengths.items())))
+    # every policy on the same prompts
+    policies = {"Plain": Plain(), "EarlyExit": EarlyExit(heads, thresholds), "DSSD": dssd}
+    for cap in (2, 4, 16):
+        policies[f"DSSD, cap {cap}"] = DSSD(heads, thresholds, cap)
+    for exit in heads.layers:
+        for length in (2, 4, 8):
+            policies[f"LayerSkip {exit}x{length}"] = LayerSkip(heads, exit, length)
+    print(f"\n{args.prompts} held-out prompts x {args.max_new_tokens} tokens; level {args.level}, "
+          f"thresholds on the {heads.measure}")
+    prompts = held_out_prompts(args.prompts, tokenizer=tokenizer)
+    table(model, policies, prompts, args.max_new_tokens, **options)
 
 
 if __name__ == "__main__":

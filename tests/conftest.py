@@ -1,7 +1,9 @@
-"""Shared by all chapters' tests: where things are, one thread, tiny models with random weights."""
+"""Shared by all tests: where things are, tiny models with random weights, a chapter's command line, the toy."""
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,15 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import TOY, Pythia, PythiaConfig, Tokenizer   # noqa: E402
+from heads import ExitHeads, held_out_prompts   # noqa: E402
+from model import TOY, Pythia, PythiaConfig, Tokenizer, command_line   # noqa: E402
 
 SHARED = Path(os.environ.get("NANOEXIT_SHARED", ROOT.parent / "shared"))   # optional data; tests skip without it
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left out unless asked for, as .ci/run does with -m 'slow or not slow'")
+    config.option.markexpr = config.option.markexpr or "not slow"
 
 
 def tiny(seed=0, **changes):
@@ -24,6 +32,30 @@ def tiny(seed=0, **changes):
     for p in model.parameters():
         p.normal_(1 if p.dim() == 1 else 0, 0.3 if p.dim() == 2 else 0.1)
     return model
+
+
+def shaken(model, layers=(1, 2, 3), kind="linear", seed=0, measure="entropy"):
+    """Heads that differ from the logit lens, so that a wrong start would show."""
+    torch.manual_seed(seed)
+    heads = ExitHeads(model, list(layers), kind, measure=measure)
+    with torch.no_grad():
+        for p in heads.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return heads
+
+
+def call(chapter, *arguments):
+    """A chapter's command line in this process -> (exit status, stdout, stderr)."""
+    out, errors, before, status = io.StringIO(), io.StringIO(), sys.argv, 0
+    sys.argv = [f"{chapter.__name__}.py", *map(str, arguments)]
+    try:
+        with redirect_stdout(out), redirect_stderr(errors):
+            command_line(chapter.main)
+    except SystemExit as end:
+        status = end.code
+    finally:
+        sys.argv = before
+    return status, out.getvalue(), errors.getvalue()
 
 
 def run(*command, **environment):
@@ -49,3 +81,19 @@ def toy():
 @pytest.fixture(scope="session")
 def toy_tokenizer():
     return Tokenizer.load(TOY)
+
+
+@pytest.fixture(scope="session")
+def paper_heads(toy):
+    return ExitHeads.load(TOY / "heads.safetensors", toy)
+
+
+@pytest.fixture(scope="session")
+def fast_heads(toy):
+    return ExitHeads.load(TOY / "heads-fast.safetensors", toy)
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """50 prompts of 64 tokens of the measuring text."""
+    return held_out_prompts(50)

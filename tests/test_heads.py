@@ -7,26 +7,17 @@ import torch
 from safetensors.torch import save_file
 
 import heads as H
-from conftest import assert_refused, run, tiny
-from heads import KINDS, ExitHeads, distill_loss, fingerprint, hard, kl, self_text, topk_kl
+from confidence import MEASURES
+from conftest import TOY, assert_refused, call, run, shaken, tiny
+from heads import KINDS, ExitHeads, distill_in_chunks, distill_loss, evaluate, fingerprint, hard, kl, self_text, topk_kl
 from model import InputError
-
-
-def shaken(model, layers=(1, 2, 3), kind="linear", seed=0):
-    """Heads that differ from the logit lens, so that a wrong start would show."""
-    torch.manual_seed(seed)
-    heads = ExitHeads(model, list(layers), kind)
-    with torch.no_grad():
-        for p in heads.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return heads
 
 
 def test_lens_start_is_the_models_own_exit():
     model = tiny()
     ids = torch.randint(0, 96, (2, 9))
     _, hidden = model(ids, exits=(1, 3))
-    for kind in ("linear", "tied", "lowrank"):
+    for kind in ("linear", "mlp", "tied", "lowrank"):
         for z, h in zip(ExitHeads(model, [1, 3], kind).logits(hidden), hidden):
             assert torch.allclose(z, model.unembed(h), atol=1e-5)
     block = ExitHeads(model, [3], "block")                                # starts as the next block: here the last one
@@ -51,9 +42,9 @@ def test_cost_in_block_equivalents():
     model = tiny()                                                        # D 32, V 96: a block has 12 D^2 weights in matrices
     cost = {kind: ExitHeads(model, [2], kind).heads[0].cost() for kind in KINDS}
     unembed = 96 * 32 / (12 * 32 * 32)
-    assert cost == pytest.approx({"linear": unembed, "tied": unembed, "mlp": unembed + 1 / 12, "block": unembed + 13 / 12,
+    assert cost == pytest.approx({"linear": unembed, "tied": unembed, "mlp": unembed + 2 / 12, "block": unembed + 13 / 12,
                                   "lowrank": unembed + 2 * 32 * 4 / (12 * 32 * 32)})
-    assert H.full_cost(model) == pytest.approx(4 + unembed)
+    assert model.config.full_cost == pytest.approx(4 + unembed)
 
 
 # ---------------------------------------------------------------- losses
@@ -84,11 +75,17 @@ def test_chunked_loss_and_gradients_equal_direct_autograd(kind, loss, direct):
     model, ids = tiny(), torch.randint(0, 96, (2, 13))
     chunked, plain = shaken(model, kind=kind), shaken(model, kind=kind)
     *hidden, last = model.hidden_states(ids, (1, 2, 3, 4))
-    total = distill_loss(chunked, hidden, last, loss, chunk=5)
+    total = distill_in_chunks(chunked, hidden, last, loss, chunk=5)
     full = model.unembed(last).flatten(0, 1)
     wants = [direct(full, z.flatten(0, 1)) for z in plain.logits(hidden)]
     sum(wants).backward()
     assert torch.allclose(total, torch.stack(wants).float().detach(), atol=1e-5)
+    defined = shaken(model, kind=kind)                                    # the definition has the same gradients
+    losses = distill_loss(defined, hidden, last, loss)
+    losses.sum().backward()
+    assert torch.allclose(losses.detach(), total, atol=1e-5)
+    for (name, a), (_, b) in zip(defined.named_parameters(), plain.named_parameters()):
+        assert torch.allclose(a.grad, b.grad, atol=1e-5), name
     for (name, a), (_, b) in zip(chunked.named_parameters(), plain.named_parameters()):
         assert torch.allclose(a.grad, b.grad, atol=1e-5), name
     assert all(p.grad is None for p in model.parameters())                # the backbone is never touched
@@ -100,7 +97,7 @@ def test_chunks_do_not_change_the_loss(chunk):
     heads = shaken(model)
     *hidden, last = model.hidden_states(ids, (1, 2, 3, 4))
     with torch.no_grad():
-        assert torch.allclose(distill_loss(heads, hidden, last, chunk=chunk), distill_loss(heads, hidden, last), atol=1e-5)
+        assert torch.allclose(distill_in_chunks(heads, hidden, last, chunk=chunk), distill_loss(heads, hidden, last), atol=1e-5)
 
 
 def test_loss_is_zero_only_for_the_full_models_own_distribution():
@@ -116,7 +113,7 @@ def test_float32_heads_learn_on_a_half_precision_backbone(kind):
         model = tiny().to(dtype)
         heads = shaken(model, kind=kind).float()
         *hidden, last = model.hidden_states(ids, (1, 2, 3, 4))
-        losses.append(distill_loss(heads, hidden, last))
+        losses.append(distill_in_chunks(heads, hidden, last))
         assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in heads.parameters())
     assert torch.allclose(*losses, rtol=0.1)
 
@@ -129,7 +126,7 @@ def test_heads_learn():
     *hidden, last = model.hidden_states(ids, (3, 4))
     losses = []
     for _ in range(60):
-        losses.append(distill_loss(heads, hidden, last).item())
+        losses.append(distill_in_chunks(heads, hidden, last).item())
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.3 * losses[0]
@@ -162,16 +159,25 @@ def test_sampled_self_text_has_the_models_distribution():
 def test_save_and_load(tmp_path, kind):
     model = tiny()
     heads = shaken(model, kind=kind)
-    heads.calibration = {"0.90": [0.5, None, 1.25]}
+    heads.measure, heads.calibration = "margin", {"0.90": [0.5, None, 1.25]}
     heads.save(tmp_path / "h.safetensors")
     loaded = ExitHeads.load(tmp_path / "h.safetensors", model)
-    assert (loaded.layers, loaded.kind, loaded.thresholds(0.9)) == ([1, 2, 3], kind, [0.5, None, 1.25])
+    assert (loaded.layers, loaded.kind, loaded.measure) == ([1, 2, 3], kind, "margin")
+    assert loaded.thresholds(0.9) == [0.5, None, 1.25]
     for (n, a), (_, b) in zip(heads.named_parameters(), loaded.named_parameters()):
         assert torch.equal(a.half().float(), b) and "embed_out" not in n
     assert [p.name for p in tmp_path.iterdir()] == ["h.safetensors"]
     for level in (0.91, 0.9001):
         with pytest.raises(InputError, match="not calibrated"):
             loaded.thresholds(level)
+
+
+def test_older_files_mean_entropy(tmp_path):
+    model, path = tiny(), tmp_path / "h.safetensors"
+    tensors = {name: p.half() for name, p in shaken(model, [2]).named_parameters()}
+    info = {"kind": "linear", "layers": [2], "calibration": {}, "backbone": fingerprint(model)}
+    save_file(tensors, path, metadata={"nanoexit": json.dumps(info)})
+    assert ExitHeads.load(path, model).measure == "entropy"
 
 
 def test_fingerprint_survives_dtypes_and_tells_backbones_apart():
@@ -219,8 +225,55 @@ def test_unknown_kind():
 
 def test_command_line(tmp_path):
     assert_refused(run("heads.py", "--heads", tmp_path / "none"), "cannot be read as a heads file")
-    status, out, errors = run("heads.py", "--tokens", "1024", "--figure", tmp_path / "lens.png")
-    assert status == 0 and "block-equivalents" in out and (tmp_path / "lens.png").stat().st_size > 10000, errors
+    assert_refused(call(H, "--tokens", 0), "--tokens")
+    assert_refused(call(H, "--figure", tmp_path / "lens.exe"), ".png")
+    status, out, errors = call(H, "--tokens", 1024, "--figure", tmp_path / "lens.png")
+    assert status == 0, errors
+    assert "cost (blocks)" in out and (tmp_path / "lens.png").stat().st_size > 10000
+
+
+# ---------------------------------------------------------------- one evaluation, one measuring text
+
+
+def test_evaluate_equals_a_direct_computation():
+    model = tiny()
+    heads, ids = shaken(model, [1, 3], "mlp"), torch.randint(0, 96, (5, 17))
+    found = evaluate(model, heads, ids, MEASURES, batch=2)
+    full, hidden = model(ids[:, :-1], exits=[1, 3])
+    choice, truth = full.argmax(-1).flatten(), ids[:, 1:].flatten()
+    for m, z in enumerate(heads.logits(hidden)):
+        p, q, guess = full.softmax(-1), z.softmax(-1), z.argmax(-1).flatten()
+        entropy = -(q * q.log()).sum(-1).flatten()
+        top = q.topk(2).values
+        assert torch.allclose(torch.tensor(found.uncertainty["entropy"][:, m]), entropy, atol=1e-4)
+        assert torch.allclose(torch.tensor(found.uncertainty["margin"][:, m]), (top[..., 1] - top[..., 0]).flatten(), atol=1e-5)
+        assert found.choice[:, m].tolist() == guess.tolist()
+        assert found.agree[:, m].tolist() == (guess == choice).tolist()
+        assert found.right[:, m].tolist() == (guess == truth).tolist()
+        assert found.kl[m] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), abs=1e-4)
+    assert found.choice[:, 2].tolist() == choice.tolist() and found.right[:, 2].tolist() == (choice == truth).tolist()
+    assert set(found.uncertainty) == set(MEASURES) and found.agree.shape == (80, 2)
+
+
+def test_the_measuring_text_is_the_same_everywhere(toy_tokenizer):
+    """Its ids by their sum, so that no figure of the results can change without this test."""
+    texts = {split: H.measuring_text(split) for split in ("calibration", "test")}
+    for split, ids in texts.items():
+        assert len(ids) == 65536 and 0 <= ids.min() and ids.max() < 2048
+    sums = {split: (ids * (1 + torch.arange(65536) % 97)).sum().item() for split, ids in texts.items()}
+    assert sums == {"calibration": 1839669029, "test": 1835595011}
+    windows = H.measuring_windows("test", 4096, 512)
+    assert windows.shape == (8, 512) and torch.equal(windows[0], texts["test"][:512])
+    assert H.held_out_prompts(5) == [row[:64].tolist() for row in H.measuring_windows("test", 5 * 512, 512)]
+    with pytest.raises(InputError, match="room for 128 prompts only"):
+        H.held_out_prompts(129)
+
+
+def test_the_measuring_text_for_another_tokenizer(toy_tokenizer):
+    other = type(toy_tokenizer)({**toy_tokenizer.spec, "added_tokens": toy_tokenizer.spec["added_tokens"][:2]})
+    ids = H.measuring_text("test", other)
+    assert len(ids) > 65536                                               # no tokens for runs of spaces
+    assert other.decode(ids.tolist()) == toy_tokenizer.decode(H.measuring_text("test").tolist())
 
 
 def test_previous_token_attention_sees_a_head_made_for_it():

@@ -1,0 +1,100 @@
+"""The house: who imports whom, how wide and long code is, and that chapters run without the appendix."""
+import ast
+import re
+import shutil
+import subprocess
+import sys
+
+from conftest import ROOT, TOY, run
+
+CHAPTERS = ("model", "heads", "confidence", "eero", "dssd", "train", "bench")
+DOORS = {"model": set(), "confidence": set(), "eero": set(), "heads": {"model"}, "dssd": {"model", "confidence"},
+         "train": {"model", "heads", "confidence"}, "bench": {"model", "heads", "confidence", "dssd"}}
+FILES = [*(ROOT / f"{name}.py" for name in CHAPTERS), *sorted((ROOT / "appendix").glob("*.py"))]
+WIDTH, LENGTH = 100, 50                                                   # characters; lines of a function
+
+# What is let through, and why. Keep it short.
+FROM_A_FUNCTION = {("model", "locate", "appendix.hub")}                   # an official name is fetched by the hub
+LONG_FUNCTIONS = set()
+
+
+def names_of(node):
+    if isinstance(node, ast.ImportFrom):
+        if node.module == "appendix":
+            return [f"appendix.{alias.name}" for alias in node.names]
+        return [node.module]
+    return [alias.name for alias in node.names]
+
+
+def imports(path):
+    """[(function it stands in, or None; module)] of all imports of this repository's own files."""
+    tree, found = ast.parse(path.read_text("utf-8")), []
+    inside = {}
+    for function in ast.walk(tree):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for node in ast.walk(function):
+                inside.setdefault(node, function.name)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for name in names_of(node):
+                if name.split(".")[0] in (*CHAPTERS, "appendix"):
+                    found.append((inside.get(node), name))
+    return found
+
+
+def test_chapters_open_only_their_doors():
+    for name in CHAPTERS:
+        for function, module in imports(ROOT / f"{name}.py"):
+            allowed = function is None and module in DOORS[name] or function == "main"
+            assert allowed or (name, function, module) in FROM_A_FUNCTION, (name, function, module)
+
+
+def test_no_line_is_wide_and_no_function_long():
+    for path in FILES:
+        text = path.read_text("utf-8")
+        wide = [n for n, line in enumerate(text.splitlines(), 1) if len(line) > WIDTH]
+        assert not wide, (path.name, wide)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (path.name, node.name) not in LONG_FUNCTIONS:
+                assert node.end_lineno - node.lineno < LENGTH, (path.name, node.name)
+
+
+def test_every_file_teaches_first():
+    for path in FILES:
+        if path.name != "__init__.py":
+            assert len(ast.get_docstring(ast.parse(path.read_text("utf-8")))) > 200, path.name
+
+
+def test_dssd_runs_in_another_project_with_four_chapters(tmp_path):
+    """model, heads, confidence and dssd, copied with the toy: DSSD runs, on the readable model, without the appendix."""
+    for name in ("model", "heads", "confidence", "dssd"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    shutil.copytree(TOY, tmp_path / "toy")
+    for command in (["dssd.py", "--prompts", "1", "--max-new-tokens", "4"], ["heads.py", "--tokens", "512"]):
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "model.py", "--model", "pythia-70m"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "appendix" in done.stderr
+
+
+def commands():
+    """The README's command lines that start with python, without what .venv/bin puts before them."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    return re.findall(r"^ *(?:\.venv/bin/)?python ((?:-m appendix\.)?[\w.]+(?:\.py)?.*)$", text, re.M)
+
+
+def test_the_readmes_files_exist_and_its_options_are_known():
+    """Every command of the README names a file that is there and options that its parser knows."""
+    assert len(commands()) > 5
+    helps = {}
+    for command in commands():
+        words = command.split("#")[0].split()
+        start = words[:2] if words[0] == "-m" else words[:1]
+        if start[-1] == "pytest":
+            continue
+        if tuple(start) not in helps:
+            status, helps[tuple(start)], errors = run(*start, "--help")
+            assert status == 0, (start, errors)
+        for word in words[len(start):]:
+            if word.startswith("--"):
+                assert word in helps[tuple(start)], command

@@ -1,0 +1,190 @@
+"""appendix/hub.py: official names, a server with the hub's habits and faults, the cache."""
+import hashlib
+import http.server
+import os
+import threading
+
+import pytest
+import torch
+
+from appendix import hub
+from appendix.hub import download, fetch
+from conftest import assert_refused, call, run, tiny
+from model import TOY, InputError, Pythia
+from test_model import saved
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A small server like the hub: a redirect that announces the checksum, ranges, faults."""
+    files, log, faults = {}, [], {}
+
+    def do_GET(self):
+        self.log.append((self.path, self.headers.get("Range")))
+        name = self.path.rsplit("/", 1)[-1]
+        if name not in self.files:
+            return self.send_error(404)
+        data, fault = self.files[name], self.faults.pop(name, None)
+        if self.path.startswith("/EleutherAI"):
+            return self.redirect(name, data, fault)
+        start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        if fault == "no ranges":
+            start = 0
+        body = data[start:]
+        half = body[:len(body) // 2]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(half if fault == "truncated" else body)))
+        self.end_headers()
+        self.wfile.write(half if fault in ("broken", "truncated") else body)
+
+    def redirect(self, name, data, fault):
+        digest = hashlib.sha256(data).hexdigest()
+        if fault == "wrong hash":
+            digest = "0" * 64
+        elif fault:                       # a fault of the storage, to which we send the client
+            self.faults[name] = fault
+        self.send_response(302)
+        self.send_header("X-Linked-Etag", f'"{digest}"')
+        self.send_header("X-Linked-Size", str(len(data)))
+        self.send_header("Location", f"/storage/{name}")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address():
+    """Of a server that runs through all tests of this file."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, address):
+    """A folder for caches and downloads; the server offers the files of tiny() and no fault."""
+    folder = saved(tiny(), tmp_path / "origin", torch.float16)
+    (folder / "tokenizer.json").write_text((TOY / "tokenizer.json").read_text())
+    Hub.files, Hub.log, Hub.faults = {p.name: p.read_bytes() for p in folder.iterdir()}, [], {}
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setitem(hub.OFFICIAL, "pythia-14m", ("abc123", None, None))
+    return tmp_path
+
+
+def weights_url():
+    return os.environ["HF_ENDPOINT"] + "/storage/model.safetensors"
+
+
+def same_weights(model):
+    return torch.equal(model.embed_in.weight, tiny().embed_in.weight.half().float())
+
+
+def test_official_names():
+    for name in "14m 31m 70m 160m 410m 1b 1.4b 2.8b 6.9b 12b".split():
+        assert f"pythia-{name}" in hub.OFFICIAL
+    assert hub.official("EleutherAI/pythia-70m") == ("pythia-70m", *hub.OFFICIAL["pythia-70m"])
+    assert hub.official("pythia-1b-deduped") == ("pythia-1b-deduped", "step143000", None, None)
+    with pytest.raises(InputError, match="'pythia-13b' is neither a folder nor .*pythia-70m"):
+        download("pythia-13b")
+
+
+def test_download_once(place):
+    assert same_weights(Pythia.from_pretrained("EleutherAI/pythia-14m"))
+    asked = len(Hub.log)
+    Pythia.from_pretrained("pythia-14m")
+    assert len(Hub.log) == asked and not list(place.rglob("*.tmp"))
+
+
+def test_download_in_shards(place):
+    for file in saved(tiny(), place / "sharded", torch.float16, shards=3).iterdir():
+        Hub.files[file.name] = file.read_bytes()
+    del Hub.files["model.safetensors"]
+    assert same_weights(Pythia.from_pretrained("pythia-14m"))
+
+
+def test_broken_transfer_resumes(place):
+    Hub.faults["model.safetensors"] = "broken"
+    Pythia.from_pretrained("pythia-14m")
+    size = len(Hub.files["model.safetensors"])
+    assert ("/storage/model.safetensors", f"bytes={size // 2}-") in Hub.log
+
+
+def test_a_later_run_resumes_and_a_whole_file_needs_no_server(place):
+    data = Hub.files["model.safetensors"]
+    digest = hashlib.sha256(data).hexdigest()
+    Hub.faults["model.safetensors"] = "broken"
+    with pytest.raises(InputError, match="could not be downloaded.*run again to resume"):
+        fetch(weights_url(), place / "f", len(data), digest, tries=1)
+    assert (place / "f.tmp").read_bytes() == data[:len(data) // 2] and not (place / "f").exists()
+    fetch(weights_url(), place / "f", len(data), digest)
+    assert (place / "f").read_bytes() == data and Hub.log[-1][1] == f"bytes={len(data) // 2}-"
+    (place / "g.tmp").write_bytes(data)
+    asked = len(Hub.log)
+    fetch(weights_url(), place / "g", len(data), digest)
+    assert (place / "g").read_bytes() == data and len(Hub.log) == asked
+
+
+def test_broken_transfer_restarts_where_ranges_are_ignored(place):
+    data = Hub.files["model.safetensors"]
+    (place / "f.tmp").write_bytes(b"x" * 100)
+    Hub.faults["model.safetensors"] = "no ranges"
+    fetch(weights_url(), place / "f", sha256=hashlib.sha256(data).hexdigest())
+    assert (place / "f").read_bytes() == data
+
+
+def test_truncated_and_wrong_files_never_get_the_name(place):
+    data = Hub.files["model.safetensors"]
+    Hub.faults["model.safetensors"] = "truncated"         # the server itself says half the length
+    with pytest.raises(InputError, match="wrong size or checksum"):
+        fetch(weights_url(), place / "f", sha256=hashlib.sha256(data).hexdigest())
+    with pytest.raises(InputError, match="wrong size or checksum"):
+        fetch(weights_url(), place / "f", sha256="0" * 64)
+    assert not list(place.glob("f*"))
+    Hub.faults["model.safetensors"] = "wrong hash"
+    with pytest.raises(InputError, match="wrong size or checksum"):
+        Pythia.from_pretrained("pythia-14m")
+    Pythia.from_pretrained("pythia-14m")                  # and the next try starts clean
+
+
+def test_small_files_are_checked_by_git_blob_ids(tmp_path):
+    (tmp_path / "f").write_bytes(b"hello\n")              # git hash-object says:
+    assert hub.checksum(tmp_path / "f", "0" * 40) == "ce013625030ba8dba906f756967f9e9ca394464a"
+    assert hub.checksum(tmp_path / "f", "0" * 64) == hashlib.sha256(b"hello\n").hexdigest()
+
+
+def test_no_such_file_and_no_network(place, monkeypatch):
+    del Hub.files["model.safetensors"]
+    with pytest.raises(InputError, match="has no safetensors there"):
+        Pythia.from_pretrained("pythia-14m")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match="local copy.*toy"):
+        Pythia.from_pretrained("pythia-31m")
+
+
+def test_existing_hugging_face_cache_is_used(place):
+    home = place / "hf" / "hub"
+    branch = home / "models--EleutherAI--pythia-14m-deduped" / "refs" / "step143000"
+    branch.parent.mkdir(parents=True)
+    branch.write_text("def456")
+    for model, commit in {"pythia-14m": "abc123", "pythia-14m-deduped": "def456"}.items():
+        snapshot = home / f"models--EleutherAI--{model}" / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        for name, data in Hub.files.items():
+            (snapshot / name).write_bytes(data)
+        assert download(model) == snapshot
+        Pythia.from_pretrained(model)
+    assert not Hub.log
+    (snapshot / "tokenizer.json").unlink()                # an incomplete one is not
+    assert download("pythia-14m-deduped") != snapshot and Hub.log
+
+
+def test_command_line(place):
+    status, out, _ = call(hub, "pythia-14m")
+    assert status == 0 and out.strip() == str(place / "cache" / "nanoexit" / "pythia-14m-abc123")
+    unknown = run("-m", "appendix.hub", "pythia-13b")
+    assert_refused(unknown, "neither a folder nor an official name", "pythia-70m")
