@@ -318,21 +318,21 @@ def token_samples(evaluation, measure):
             "wrong_next": ~evaluation.right}
 
 
-def options():
-    from confidence import MEASURES
-    from model import TOY, InputError
+def options(toy, measures):
     parser = argparse.ArgumentParser(description="Budgets on the exits of the model in toy/.")
     option = parser.add_argument
-    option("--heads", default=TOY / "heads.safetensors", help="a heads file for the toy")
-    option("--measure", choices=MEASURES, help="the uncertainty (default: that of the heads)")
+    option("--heads", default=toy / "heads.safetensors", help="a heads file for the toy")
+    option("--measure", choices=measures, help="the uncertainty (default: that of the heads)")
     option("--beta", type=float, help="of EERO, per unit of error rate (default: chosen)")
     option("--tokens", type=int, default=30_000, help="of each split (default %(default)s)")
     option("--prompts", type=int, default=24, help="texts to write, 0: none (default %(default)s)")
     option("--seed", type=int, default=0, help="of noise and halves (default %(default)s)")
+    option("--consult-all", action="store_true",
+           help="charge all heads up to the exit, as if they were needed anyway")
     option("--figure", metavar="PATH", help="also draw accuracy and realised cost by budget")
     args = parser.parse_args()
     if args.tokens < 257 or args.prompts < 0 or (args.beta is not None and not args.beta >= 0):
-        raise InputError("--tokens must be at least 257, --prompts and --beta at least 0")
+        raise ValueError("--tokens must be at least 257, --prompts and --beta at least 0")
     return args
 
 
@@ -341,7 +341,7 @@ def main():
     from confidence import MEASURES
     from heads import ExitHeads, evaluate, measuring_windows
     from model import TOY, Pythia
-    args = options()
+    args = options(TOY, MEASURES)
     if args.figure:
         from appendix import figures
         figures.check(args.figure)
@@ -357,11 +357,12 @@ def main():
     # 2. costs in block-equivalents; budgets from the first exit to the model without exits
     cost = np.array([*heads.layers, model.config.num_hidden_layers], float)
     outputs = np.array([*(head.cost() for head in heads.heads), model.config.unembed_cost])
-    full, unit = model.config.full_cost, "block-equivalents"
-    budgets = np.linspace(cost[0] + outputs[0], full, 7)
-    print(f"exits at layers {heads.layers}, by {heads.measure}; in {unit}: "
-          f"{cost_of_exits(cost, outputs).round(2)} with all heads consulted, "
-          f"{full:.2f} for the model without exits")
+    full, unit, charged = model.config.full_cost, "block-equivalents", cost_of_exits(cost, outputs)
+    print(f"exits at layers {heads.layers}, by {heads.measure}; in {unit}: {charged.round(2)} "
+          f"with all heads consulted, {full:.2f} for the model without exits")
+    if args.consult_all:
+        cost, outputs, full = charged, np.zeros(len(cost)), charged[-1]
+    budgets = np.linspace(charged[0], full, 7)
     # 3. the table; budgets met or missed; text
     runs = [(compare(*samples, cost, budgets, outputs, args.beta, args.seed), samples[1])]
     title = "agreement with the full model"
@@ -371,7 +372,7 @@ def main():
     if args.figure:
         figures.budget(args.figure, runs, scores, budgets, full, unit, title)
         print(f"figure: {args.figure}")
-    if args.prompts:
+    if args.prompts and not args.consult_all:
         write_under_budget(model, heads, cost, outputs, args.beta, args.seed, args.prompts)
 
 

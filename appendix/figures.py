@@ -1,7 +1,7 @@
 """Every figure of the project, in one style.
 
-A chapter computes; the function here of the same purpose draws. A depth has one colour in all figures, from
-dark violet (shallow) to gold (the full model), chosen so that colour-blind readers can tell them apart.
+A chapter computes, and a function here draws. A depth has one colour in all figures, from dark
+violet (shallow) to gold (the full model), chosen so that colour-blind readers can tell them apart.
 Files are written to a temporary name and renamed, so that a killed run leaves an old figure whole.
 """
 from contextlib import contextmanager
@@ -15,14 +15,17 @@ import matplotlib.pyplot as plt   # noqa: E402
 
 from model import InputError, written_whole   # noqa: E402
 
-DEPTHS = ("#440154", "#31688e", "#35b779", "#b8860b")   # up to 0, 0.3, 0.6 and 1 of the depth
+DEPTHS = ("#440154", "#31688e", "#35b779", "#b8860b")   # shallow to full
 GREY = "#777777"
 
 
 def depth_colour(depth, L):
     """The colour of a depth: a hexadecimal code."""
     share = depth / L
-    return DEPTHS[0 if share <= 0.13 else 1 if share <= 0.3 else 2 if share < 1 else 3]
+    for colour, largest in zip(DEPTHS, (0.13, 0.3, 0.99)):
+        if share <= largest:
+            return colour
+    return DEPTHS[3]
 
 
 def check(path):
@@ -36,7 +39,7 @@ def check(path):
 
 @contextmanager
 def canvas(path, rows=1, columns=1, size=(6, 4)):
-    """Gives the figure and its axes to draw on (one, or an array of them), then writes it to `path`."""
+    """Gives a figure and its axes (one, or an array) to draw on, then writes it to `path`."""
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
     try:
         yield figure, axes
@@ -79,7 +82,7 @@ def lens(path, model, tokenizer, text):
 
 
 def tokens(path, tokenizer, pairs, L):
-    """A continuation: one bar per token of [(token, depth)], as high as the depth that produced it."""
+    """A continuation [(token, depth)]: a bar per token, as high as the depth that produced it."""
     shown = pairs[:96]
     n = len(shown)
     depths = [depth for _, depth in shown]
@@ -226,7 +229,8 @@ def budget(path, runs, scores, budgets, full, unit, title):
         left.legend()
         shown = {"EERO": "C0", "incurred": "C2", "beta 10": "C4", "unconditional": "C3"}
         for name, colour in shown.items():
-            lines = right.plot(budgets, misses(runs, name, full).T, "o-", color=colour, markersize=4)
+            missed = misses(runs, name, full).T                           # (budgets, seeds)
+            lines = right.plot(budgets, missed, "o-", color=colour, markersize=4)
             lines[0].set_label(name)
         right.axhline(0, color=GREY, linewidth=0.5)
         right.set(xlabel=f"budget, {unit}", ylabel="realised - asked for, % of the full cost")

@@ -168,8 +168,8 @@ def language_score(model, stream, length=512, batch=16):
     return loss / n, right / n
 
 
-def learn(model, forward, stream, steps, generator, save, batch_tokens=4096):
-    """`steps` steps of language modelling on the stream; returns how many were made.
+def learn(model, forward, stream, steps, batch_tokens, generator, save):
+    """`steps` steps of `batch_tokens` tokens of language modelling; returns how many were made.
 
     forward: model.forward, perhaps compiled. save() is called every 250 steps. Ctrl-C ends it.
     """
@@ -198,7 +198,7 @@ def learn(model, forward, stream, steps, generator, save, batch_tokens=4096):
     return done
 
 
-def train_backbone(out, library, library_tests, tokens, seed, compiled):
+def train_backbone(out, library, library_tests, tokens, seed, compiled, batch_tokens=4096):
     """Train tokenizer and model of the toy into the folder `out`.
 
     library, library_tests: documents [(name, text)], stdlib_documents() without and with tests.
@@ -216,21 +216,22 @@ def train_backbone(out, library, library_tests, tokens, seed, compiled):
     held_out_bytes = sum(len(text.encode()) for _, text in held_out)
     held_out = tokens_of(held_out, tokenizer)
     model = fresh_model(2048)
-    steps = tokens // 4096
+    steps = tokens // batch_tokens
     print(f"backbone: {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{len(stream):,} tokens of text, {steps:,} steps of 4,096 tokens", flush=True)
+          f"{len(stream):,} tokens of text, {steps:,} steps of {batch_tokens:,} tokens", flush=True)
 
     def save():
         save_model(out, model, spec)
 
     begin = time.perf_counter()
     forward = torch.compile(model.forward) if compiled else model.forward
-    done = learn(model, forward, stream, steps, generator, save)
+    done = learn(model, forward, stream, steps, batch_tokens, generator, save)
     minutes = (time.perf_counter() - begin) / 60
     save()
     loss, accuracy = language_score(Pythia.from_pretrained(out), held_out)    # as written, in F16
     bits = loss / math.log(2) * len(held_out) / held_out_bytes
-    print(f"{done * 4096:,} tokens in {minutes:.0f} minutes; held out: {loss:.4f} nats per token, "
+    print(f"{done * batch_tokens:,} tokens in {minutes:.0f} minutes; "
+          f"held out: {loss:.4f} nats per token, "
           f"{bits:.3f} bits per byte, next-token accuracy {accuracy:.1%}")
 
 

@@ -34,6 +34,9 @@ def imports(path):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
             for node in ast.walk(function):
                 inside.setdefault(node, function.name)
+    for start in tree.body:                                               # if __name__ == "__main__": is main's
+        if isinstance(start, ast.If) and "__name__" in ast.unparse(start.test):
+            inside.update(dict.fromkeys(ast.walk(start), "main"))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             for name in names_of(node):

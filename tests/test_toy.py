@@ -64,7 +64,7 @@ def test_bpe_equals_a_naive_trainer(library):
 def test_backbone_training_writes_a_loadable_folder(tmp_path, library, capsys):
     few = [d for d in library if split_of(d[0]) == "train"][:12]      # so that it takes seconds
     few.append(next(d for d in library if split_of(d[0]) == "test" and len(d[1]) > 8000))
-    A.train_backbone(tmp_path / "toy", few, few, 4096, 0, False)
+    A.train_backbone(tmp_path / "toy", few, few, 2048, 0, False, batch_tokens=1024)
     model, tokenizer = Pythia.from_pretrained(tmp_path / "toy"), Tokenizer.load(tmp_path / "toy")
     assert model.config.num_hidden_layers == 16 and tokenizer.vocab_size == 2048
     printed = capsys.readouterr().out

@@ -120,7 +120,8 @@ def test_heads_are_calibrated_anew_for_another_measure(tmp_path, small, small_ru
 
 def test_training_goes_on_from_a_heads_file(tmp_path, small, small_run):
     start, model = small_run / "heads.safetensors", Pythia.from_pretrained(small)
-    heads = T.make_heads(SimpleNamespace(start=start, head="linear", layers=[1, 3], measure=None), model)
+    args = SimpleNamespace(start=start, head="linear", layers=[1, 3], measure=None)
+    heads = T.make_heads(args, model)
     assert heads.measure == "entropy" and not heads.calibration
     before = load_file(start)
     assert all(torch.equal(p, before[name].float()) for name, p in heads.named_parameters())
