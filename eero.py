@@ -93,10 +93,11 @@ def exit_distribution(risk, cost, budget, beta, prior=None):
     if not (prior >= 0).all() or not prior.any():
         raise ValueError("the prior must not be negative, and not all zero")
     beta, used, pi = min(beta, LARGEST_BETA), prior > 0, np.zeros(len(R))
-    R, B, prior = R[used], B[used], prior[used]
+    R, B = R[used] - R[used].min(), B[used]
+    free, dearer = np.log(prior[used]) - beta * R, B - B.min()
 
     def weights(tilt):                   # tilt = beta lambda, so that beta = 0 can be tilted too
-        exponent = np.log(prior) - beta * (R - R.min()) - tilt * (B - B.min())
+        exponent = free - tilt * dearer
         w = np.exp(exponent - exponent.max())
         return w / w.sum()
 
@@ -119,13 +120,15 @@ def worth_consulting(solve, cost, outputs, budget):
     """The pi (M,) of the heads worth their outputs. solve(B, consulted) -> (objective, pi).
 
     All heads at first. Then the head goes whose going lowers the objective most, until none does.
+    A head that costs less than a thousandth of the network is kept without a search.
     """
     M = len(cost)
+    dear = np.broadcast_to(outputs, M)[:-1] > 1e-3 * cost[-1]
     lowest, pi = solve(cost_of_exits(cost, outputs), np.ones(M, bool))
     consulted, before = np.ones(M, bool), None
     while consulted is not before:
         before = consulted
-        for l in np.flatnonzero(before[:-1] & (np.broadcast_to(outputs, M)[:-1] > 0)):
+        for l in np.flatnonzero(before[:-1] & dear):
             fewer = before & (np.arange(M) != l)
             B = cost_of_exits(cost, outputs, fewer)
             if B[fewer].min() <= budget:

@@ -271,7 +271,7 @@ def exact_joint(model, ids, temperature, top_p, n=3):
     return paths
 
 
-DRAWS = int(os.environ.get("NANOEXIT_DRAWS", 1000))                       # per case; CI takes 24,000 in all
+DRAWS = int(os.environ.get("NANOEXIT_DRAWS", 400))                       # per case; CI takes 24,000 in all
 
 
 def chi_square(model, policy, temperature, top_p, draws=DRAWS):

@@ -317,7 +317,7 @@ def test_costs_count_every_head_consulted_and_no_other():
 
 def test_the_budget_is_spent_on_what_is_consulted():
     u, wrong = selective(0, 2000)
-    for budget in (7.0, 10.0, 13.0, 16.0):
+    for budget in (7.0, 12.0, 16.0):
         for fitted in (EERO.fit(u, wrong, DEPTHS, budget, 20, OUTPUTS),
                        EERO.fit(u, wrong, DEPTHS, budget, np.inf, OUTPUTS),
                        EERO.fit_incurred(u, wrong, DEPTHS, budget, outputs=OUTPUTS)):
@@ -393,12 +393,12 @@ def test_the_incurred_risk_falls_at_every_kept_step_and_the_budget_is_met():
 
 
 def test_it_equals_equation_1_where_risks_do_not_depend_on_who_leaves():
-    n, risk, cost = 20000, np.array([0.5, 0.3, 0.25, 0.1]), np.array([1.0, 2, 3, 4])
+    n, risk, cost = 8000, np.array([0.5, 0.3, 0.25, 0.1]), np.array([1.0, 2, 3, 4])
     rank = np.arange(n)
     u = np.repeat(rank[:, None], 4, 1) / n                     # all heads rank alike ..
     wrong = rank[:, None] % 100 < 100 * risk                   # .. and err evenly along the ranks
     J = cascade_risk(u, wrong, cost)
-    for budget, beta in itertools.product((1.7, 2.5, 3.2), (2.0, 10.0, np.inf)):
+    for budget, beta in itertools.product((1.7, 3.2), (2.0, 10.0, np.inf)):
         expected = exit_distribution(risk, cost, budget, beta)
         value, pi = eero.descend(J, cost, budget, beta, np.ones(4))[-1]
         assert J(pi) == pytest.approx(pi @ risk, abs=0.005)

@@ -9,7 +9,7 @@ import torch
 
 from appendix import hub
 from appendix.hub import download, fetch
-from conftest import assert_refused, call, run, tiny
+from conftest import assert_refused, call, tiny
 from model import TOY, InputError, Pythia
 from test_model import saved
 
@@ -186,5 +186,5 @@ def test_existing_hugging_face_cache_is_used(place):
 def test_command_line(place):
     status, out, _ = call(hub, "pythia-14m")
     assert status == 0 and out.strip() == str(place / "cache" / "nanoexit" / "pythia-14m-abc123")
-    unknown = run("-m", "appendix.hub", "pythia-13b")
+    unknown = call(hub, "pythia-13b")
     assert_refused(unknown, "neither a folder nor an official name", "pythia-70m")

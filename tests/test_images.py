@@ -1,4 +1,4 @@
-"""Images: the networks against torchvision and closed forms, the data readers against files by hand."""
+"""Images: networks against torchvision and closed forms, data readers against files by hand."""
 import hashlib
 import io
 import tarfile
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from appendix import images
-from conftest import assert_refused, call, run
+from conftest import assert_refused, call
 from eero import cost_of_exits
 
 # ---------------------------------------------------------------- networks
@@ -17,7 +17,7 @@ from eero import cost_of_exits
 def torchvision_models():
     try:
         import torchvision.models as models
-    except (ImportError, RuntimeError) as error:               # RuntimeError: built for another torch
+    except (ImportError, RuntimeError) as error:     # RuntimeError: built for another torch
         pytest.skip(f"torchvision is not usable here: {error}")
     return models
 
@@ -43,7 +43,7 @@ def test_exit_costs_of_resnet18_in_closed_form():
     # the four convolutions of a stage; the stem
     stage, expected, total = 4 * 9 * w * w * S * S, [], 27 * w * S * S
     for i in range(4):
-        if i:       # the first of them sees half the channels, and the shortcut is a 1x1 convolution
+        if i:       # the first of them sees half the channels, the shortcut is a 1x1 convolution
             total += stage - stage / 8 + stage / 72
         else:
             total += stage
@@ -67,11 +67,12 @@ def test_exit_costs_equal_pytorchs_counter():
 
 def test_training_learns_and_repeats():
     x, y, _ = images.make_shapes(256, seed=3)
-    for make in (lambda: images.ResNet18(8, 8), lambda: images.ConvNeXt(8, 16, depths=(1, 1, 1, 1))):
+    for network, options in ((images.ResNet18, {"width": 8}),
+                             (images.ConvNeXt, {"width": 16, "depths": (1, 1, 1, 1)})):
         results = []
         for _ in range(2):
             torch.manual_seed(0)
-            net = make()
+            net = network(8, **options)
             untrained = images.evaluate(net, x, y)
             images.train(net, x, y, epochs=3, batch=32, seed=1)
             results.append(images.evaluate(net, x, y, batch=100))
@@ -110,15 +111,17 @@ def test_augment_is_a_shift_and_a_mirror():
 def test_shapes_are_seeded_and_harder_ones_are_harder():
     (x, y, d), (x2, y2, _), (x3, _, _) = (images.make_shapes(400, seed=s) for s in (0, 0, 1))
     assert torch.equal(x, x2) and torch.equal(y, y2) and not torch.equal(x, x3)
-    assert x.shape == (400, 3, 16, 16) and x.dtype == torch.uint8 and set(y.tolist()) == set(range(8))
+    assert x.shape == (400, 3, 16, 16) and x.dtype == torch.uint8
+    assert set(y.tolist()) == set(range(8))
     roughness = (x[..., 1:].float() - x[..., :-1].float()).abs().mean((1, 2, 3)).numpy()
-    assert np.corrcoef(roughness, d)[0, 1] > 0.5               # noise and clutter grow with difficulty
+    assert np.corrcoef(roughness, d)[0, 1] > 0.5               # noise and clutter grow with d
 
 
 def test_shapes_stay_the_published_ones():
     """The results page is about these very images: every pixel of 400 of them."""
     x, y, _ = images.make_shapes(400, seed=0)
-    assert hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()[:16] == "6192f107c6199923"
+    content = x.numpy().tobytes() + y.numpy().tobytes()
+    assert hashlib.sha256(content).hexdigest()[:16] == "6192f107c6199923"
 
 
 def write_cifar(folder, hundred=False):
@@ -279,7 +282,8 @@ def test_command_line_on_a_folder_of_small_grey_images(tmp_path):
 
 def test_bad_input_is_refused_before_any_work():
     for arguments, words in (
-            (("--data", "nowhere"), "no CIFAR binaries"), (("--download", "cifar-10"), "needs --data"),
+            (("--data", "nowhere"), "no CIFAR binaries"),
+            (("--download", "cifar-10"), "needs --data"),
             (("--seeds", "0"), "at least 1"), (("--epochs", "0"), "at least 1"),
             (("--side", "0"), "at least 1"), (("--beta", "-1"), "at least 0"),
             (("--figure", "nowhere/eero.png"), "folder"), (("--figure", "eero.exe"), ".png")):
@@ -289,6 +293,6 @@ def test_bad_input_is_refused_before_any_work():
 
 
 def test_bad_input_is_one_line_and_status_2():
-    status, out, errors = run("-m", "appendix.images", "--data", "nowhere")
+    status, out, errors = call(images, "--data", "nowhere")
     assert status == 2 and out == ""
     assert errors.count("\n") == 1 and errors.startswith("error: nowhere has no CIFAR binaries")

@@ -8,7 +8,7 @@ from appendix import figures
 from appendix import scale as S
 from appendix.fast import fast
 from confidence import entropy
-from conftest import assert_refused, call, run, shaken, tiny
+from conftest import assert_refused, call, shaken, tiny
 from dssd import DSSD, Plain, generate
 from heads import KINDS, ExitHeads
 from model import InputError
@@ -107,7 +107,7 @@ def test_command_line(tmp_path):
     assert record == json.loads((tmp_path / "s.json").read_text())
     assert record["Plain"]["ms_per_token"] > 0 and record["DSSD"]["ms_per_token"] > 0
     assert "D = 256" in out
-    assert_refused(run("-m", "appendix.scale", "--prompts", 0), "--prompts")
+    assert_refused(call(S, "--prompts", 0), "--prompts")
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 
 from appendix import tasks as A
 from confidence import MEASURES
-from conftest import SHARED, TOY, assert_refused, call, run, shaken, tiny
+from conftest import SHARED, TOY, assert_refused, call, shaken, tiny
 from heads import ExitHeads
 from model import InputError, Pythia, locate, sample
 
@@ -437,4 +437,4 @@ def test_command_line(tmp_path):
     record = json.loads(out.splitlines()[-1])
     assert record == json.loads((tmp_path / "t.json").read_text())
     assert record["tasks"]["code"]["scored_tokens"] == 2 * 255
-    assert_refused(run("-m", "appendix.tasks", "lambda"), "unknown 'lambda'")
+    assert_refused(call(A, "lambda"), "unknown 'lambda'")

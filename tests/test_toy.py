@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from appendix import toy as A
-from conftest import TOY, assert_refused, call, run
+from conftest import TOY, assert_refused, call
 from model import Pythia, Tokenizer, byte_letters
 from train import split_of, stdlib_documents, tokens_of
 
@@ -64,7 +64,7 @@ def test_bpe_equals_a_naive_trainer(library):
 def test_backbone_training_writes_a_loadable_folder(tmp_path, library, capsys):
     few = [d for d in library if split_of(d[0]) == "train"][:12]      # so that it takes seconds
     few.append(next(d for d in library if split_of(d[0]) == "test" and len(d[1]) > 8000))
-    A.train_backbone(tmp_path / "toy", few, few, 2048, 0, False, batch_tokens=1024)
+    A.train_backbone(tmp_path / "toy", few, few, 1024, 0, False, batch_tokens=1024)
     model, tokenizer = Pythia.from_pretrained(tmp_path / "toy"), Tokenizer.load(tmp_path / "toy")
     assert model.config.num_hidden_layers == 16 and tokenizer.vocab_size == 2048
     printed = capsys.readouterr().out
@@ -115,7 +115,7 @@ def test_the_shipped_text_is_made_by_this_command(tmp_path):
 
 def test_bad_options(tmp_path, toy_tokenizer):
     short = ("--out", tmp_path / "b", "--tokens", 100)
-    assert_refused(run("-m", "appendix.toy", *short), "at least 4,096")
+    assert_refused(call(A, *short), "at least 4,096")
     assert_refused(call(A), "one of the arguments --out --text is required")
     assert_refused(call(A, "--text", tmp_path / "absent" / "text"), "folder does not exist")
     with pytest.raises(ValueError, match="32 pieces of 2,048"):
