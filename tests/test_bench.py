@@ -212,6 +212,7 @@ def peaks_of_the_loss():
     return chunked - before, peak() - before
 
 
+@pytest.mark.slow
 def test_the_loss_in_chunks_needs_far_less_memory_than_its_definition():
     # a process of its own, for a peak of its own
     with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -53,17 +53,18 @@ class Counted:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("measure", ["entropy", "margin"])
-def test_dssd_equals_its_definition(kind, measure, cases=24):
-    """Tokens, depths, rounds, draft lengths and acceptance, on 240 random cases in all."""
-    rnd, drafted = random.Random(f"{kind} {measure}"), 0
+@pytest.mark.parametrize("cases", [10, pytest.param(24, marks=pytest.mark.slow)])
+def test_dssd_equals_its_definition(kind, measure, cases):
+    """Tokens, depths, rounds, draft lengths and acceptance, on 100 random cases, in CI on 240."""
+    rnd, drafted = random.Random(f"{kind}, {measure}"), 0
     low, high = (0.0, 4.0) if measure == "entropy" else (-1.0, 0.0)
     for case in range(cases):
         model = tiny(case, vocab_size=24)
-        if case % 3 == 0:
+        if case % 2 == 0:
             silence(model, (2, 3))                                        # then many drafts are right
         heads = shaken(model, kind=kind, measure=measure)
-        ids = [rnd.randrange(24) for _ in range(rnd.choice((1, 5, 30, 58, 63, 64)))]
-        n, stop = rnd.choice((1, 2, 7, 20)), rnd.choice((None, rnd.randrange(24)))
+        ids = [rnd.randrange(24) for _ in range(rnd.choice((1, 5, 30, 58, 64)))]
+        n, stop = rnd.choice((1, 7, 12, 20)), rnd.choice((None, rnd.randrange(24)))
         policy = DSSD(heads, random_thresholds(rnd, 3, low, high), rnd.randint(1, 8))
         if case % 4 == 3:
             policy = LayerSkip(heads, rnd.choice((1, 2, 3)), rnd.randint(1, 8))
@@ -74,7 +75,7 @@ def test_dssd_equals_its_definition(kind, measure, cases=24):
         assert s.drafted == sum(d for d, _ in rounds) and s.accepted == sum(k for _, k in rounds)
         assert s.draft_lengths == Counter(d for d, _ in rounds)
         drafted += s.drafted
-    assert drafted > cases
+    assert drafted >= cases // 2
 
 
 def test_plain_equals_the_reference_loop():
@@ -83,7 +84,8 @@ def test_plain_equals_the_reference_loop():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_lossless_and_nothing_computed_twice(kind, trials=12):
+@pytest.mark.parametrize("trials", [4, pytest.param(12, marks=pytest.mark.slow)])
+def test_lossless_and_nothing_computed_twice(kind, trials):
     """Against plain decoding on random models. A block is computed again only where a draft was rejected."""
     rnd = random.Random(2)
     for trial in range(trials):
@@ -138,7 +140,7 @@ def check_on_the_toy(model, heads, prompts, new, seed=3):
 
 
 def test_lossless_on_the_toy(toy, paper_heads, fast_heads, prompts):
-    assert check_on_the_toy(toy, [paper_heads, fast_heads], prompts[:8], 24) > 10
+    assert check_on_the_toy(toy, [paper_heads, fast_heads], prompts[:6], 16) > 10
 
 
 @pytest.mark.slow
@@ -162,7 +164,7 @@ def test_cache_after_rejections_equals_a_fresh_one(monkeypatch):
 
     monkeypatch.setattr(D, "Frontier", Kept)
     rnd = random.Random(4)
-    for trial in range(20):
+    for trial in range(8):
         model = tiny(trial, vocab_size=24)
         heads, ids = shaken(model, kind="block" if trial % 2 else "linear"), [rnd.randrange(24) for _ in range(6)]
         policy = DSSD(heads, [2.5, None, 3.0], rnd.randint(1, 6))
@@ -271,7 +273,7 @@ def exact_joint(model, ids, temperature, top_p, n=3):
     return paths
 
 
-DRAWS = int(os.environ.get("NANOEXIT_DRAWS", 400))                       # per case; CI takes 24,000 in all
+DRAWS = int(os.environ.get("NANOEXIT_DRAWS", 200))                       # per case; CI takes 24,000 in all
 
 
 def chi_square(model, policy, temperature, top_p, draws=DRAWS):
@@ -303,14 +305,22 @@ def test_sampled_output_has_the_full_models_distribution(kind, thresholds, tempe
     assert abs(chi_square(model, DSSD(heads, thresholds, 3), temperature, top_p)) < 4
 
 
-def test_a_wrong_accept_rule_fails_the_same_test(monkeypatch):
-    def wrong(p, q, x, generator):
-        if torch.rand((), generator=generator) < p[x].sqrt():
-            return True, x
-        return False, D.draw(p, generator)
+def keep_too_much(p, q, x, generator):
+    return True, x
+
+
+def keep_by_the_root(p, q, x, generator):
+    if torch.rand((), generator=generator) < p[x].sqrt():
+        return True, x
+    return False, D.draw(p, generator)
+
+
+@pytest.mark.parametrize("wrong, draws", [
+    (keep_too_much, 150), pytest.param(keep_by_the_root, 800, marks=pytest.mark.slow)])
+def test_a_wrong_accept_rule_fails_the_same_test(monkeypatch, wrong, draws):
     model, heads = small()
     monkeypatch.setattr(D, "keep_or_replace", wrong)
-    assert chi_square(model, DSSD(heads, (math.inf, None), 3), 1.0, 1.0, draws=800) > 6
+    assert chi_square(model, DSSD(heads, (math.inf, None), 3), 1.0, 1.0, draws) > 6
 
 
 def test_sampling_is_reproducible_and_top_p_is_the_nucleus():

@@ -65,6 +65,7 @@ def test_exit_costs_equal_pytorchs_counter():
         assert (np.diff(costs) > 0).all() and len(costs) == 4
 
 
+@pytest.mark.slow
 def test_training_learns_and_repeats():
     x, y, _ = images.make_shapes(256, seed=3)
     for network, options in ((images.ResNet18, {"width": 8}),

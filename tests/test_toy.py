@@ -61,6 +61,7 @@ def test_bpe_equals_a_naive_trainer(library):
                 i += 1
 
 
+@pytest.mark.slow
 def test_backbone_training_writes_a_loadable_folder(tmp_path, library, capsys):
     few = [d for d in library if split_of(d[0]) == "train"][:12]      # so that it takes seconds
     few.append(next(d for d in library if split_of(d[0]) == "test" and len(d[1]) > 8000))
