@@ -38,6 +38,7 @@ import math
 import os
 import sys
 import time
+from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -46,6 +47,8 @@ import torch
 
 from confidence import MEASURES, is_certain
 from model import TOY, InputError, Pythia, Tokenizer, command_line, locate
+
+MEMORY, GUESS = 0.98, 0.25        # a Record keeps this share at every answer; weight of its guess
 
 # ---------------------------------------------------------------- policies
 
@@ -59,6 +62,7 @@ class Policy:
     max_draft: int = 0            # drafts per round at most
     final: bool = False           # True: an exit's token is final and never verified
     fill: str = "exact"           # with final: how the skipped depth gets its keys and values
+    costs: tuple = ()             # two Costs: drafts follow from ByGain, not from thresholds
 
 
 def Plain():
@@ -92,9 +96,29 @@ def DSSD(heads, thresholds, max_draft=8):
     return Policy("DSSD", heads, tuple(thresholds), max_draft)
 
 
+@dataclass
+class Costs:
+    """Milliseconds on one machine, with this many positions cached: see appendix/tune.py."""
+    positions: int
+    plain: float                  # a step of plain decoding
+    question: list                # to ask each exit, without a draft
+    further: list                 # one more draft from each exit, the question left out
+
+
+def AutoDSSD(heads, costs, max_draft=16):
+    """Ours, beside the paper: draft where the expected gain exceeds the costs. See ByGain.
+
+    costs: two Costs, with few and with many positions cached.
+    """
+    return Policy("DSSD auto", heads, always(heads, None), max_draft, costs=costs)
+
+
 def always(heads, exit):
-    """Thresholds with which the head at depth `exit` is always certain, and no other is asked."""
-    return tuple(math.inf if n == exit else None for n in heads.layers)
+    """Thresholds with which the head at depth `exit` is always certain, and no other is asked.
+
+    exit None: every head is consulted.
+    """
+    return tuple(math.inf if exit in (n, None) else None for n in heads.layers)
 
 
 # ---------------------------------------------------------------- the definition
@@ -197,33 +221,42 @@ class Frontier:
         self.reached[s] = end = first + x.shape[1]
         self.states[s, :, first:end] = x
 
-    def advance(self, s):
-        """All positions that wait at bounds[s] go on to bounds[s + 1], in one pass."""
-        first, end = self.reached[s + 1], self.reached[s]
-        if first < end:
-            start, stop = self.bounds[s], self.bounds[s + 1]
-            waiting = self.states[s, :, first:end]                        # (1, n, D)
-            self.arrive(s + 1, self.model.run(waiting, start, stop, self.cache))
-            self.log.passes.append((first, end, start, stop))
+    def advance(self, goal):
+        """All positions that wait before bounds[goal] go there, in as few passes as possible."""
+        s = 0
+        while s < goal:
+            # one pass goes on to the next bound at which others wait
+            first, end, to = self.reached[s + 1], self.reached[s], s + 1
+            while to < goal and self.reached[to + 1] == first:
+                to += 1
+            if first < end:
+                start, stop = self.bounds[s], self.bounds[to]
+                between = {self.bounds[b]: self.states[b, :, first:end] for b in range(s + 1, to)}
+                waiting = self.states[s, :, first:end]                    # (1, n, D)
+                x = self.model.run(waiting, start, stop, self.cache, between)
+                self.reached[s + 1:to] = [end] * len(between)
+                self.arrive(to, x)
+                self.log.passes.append((first, end, start, stop))
+            s = to
 
-    def ask(self, s):
-        """Logits (V,) of the head at bounds[s + 1], for the newest position there."""
-        return self.heads[s].output(self.read(s)[:, -1:])[0, 0]
+    def ask(self, s, rows=1):
+        """All that waits goes to bounds[s + 1] -> logits (rows, V) of the head there."""
+        self.advance(s + 1)
+        return self.heads[s].output(self.read(s, rows)[:, -rows:])[0]
 
-    def read(self, s):
+    def read(self, s, rows=1):
         """The head at bounds[s + 1] reads on -> (1, n, D).
 
-        With a memory it reads all that is new, without one the newest state alone.
+        With a memory it reads all that is new, without one the newest `rows` states alone.
         """
         cache, end = self.head_caches[s], self.reached[s + 1]
-        first = end - 1 if cache is None else cache.length[0]
+        first = end - rows if cache is None else cache.length[0]
         self.log.asked.append((self.bounds[s + 1], first, end))
         return self.heads[s].body(self.states[s + 1, :, first:end], cache)
 
     def full_depth(self, rows):
         """All that waits goes to depth L -> the full model's logits of the newest (rows, V)."""
-        for s in range(len(self.bounds) - 1):
-            self.advance(s)
+        self.advance(len(self.bounds) - 1)
         end = self.reached[-1]
         return self.model.unembed(self.states[-1, :, end - rows:end])[0]
 
@@ -251,7 +284,7 @@ class Frontier:
 class Draft(NamedTuple):
     token: int
     depth: int                    # of the exit that drafted it
-    q: torch.Tensor               # the head's distribution (V,), when sampling
+    q: torch.Tensor               # the head's distribution (V,) when sampling
 
 
 def distribution(logits, temperature, top_p):
@@ -269,7 +302,11 @@ def distribution(logits, temperature, top_p):
 
 
 def draw(p, generator):
-    return torch.multinomial(p, 1, generator=generator).item()
+    """A token id drawn from p (V,), which need not sum to 1. Faster than torch.multinomial."""
+    upto = p.double().cumsum(-1)                                          # (V,)
+    r = torch.rand((), dtype=torch.double, device=p.device, generator=generator) * upto[-1]
+    # the first id with upto > r, so never one of probability 0
+    return torch.searchsorted(upto, r, right=True).item()
 
 
 class Choice(NamedTuple):
@@ -278,37 +315,47 @@ class Choice(NamedTuple):
     top_p: float
     generator: torch.Generator
 
+    def of(self, logits):
+        """What logits (..., V) say: the likeliest ids (...), or probabilities (..., V)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        return distribution(logits, self.temperature, self.top_p)
 
-def propose(frontier, measure, choice):
-    """The newest position advances to the first certain head -> its Draft, or None."""
-    for s, threshold in enumerate(frontier.thresholds):
-        frontier.advance(s)
-        z = frontier.ask(s)                                               # (V,)
-        # LayerSkip's head is certain whatever it says: then nothing needs to be measured
-        if threshold == math.inf or is_certain(measure(z), threshold):
-            depth = frontier.bounds[s + 1]
-            if choice.temperature == 0:
-                return Draft(z.argmax().item(), depth, None)
-            q = distribution(z, choice.temperature, choice.top_p)
-            return Draft(draw(q, choice.generator), depth, q)
+    def token(self, answer):
+        """One answer of `of` -> a token id."""
+        return answer.item() if self.temperature == 0 else draw(answer, self.generator)
+
+    def chance_kept(self, full, head):
+        """How likely verification keeps a head's draft; answers of `of` -> (...)."""
+        if self.temperature == 0:
+            return (full == head).float()
+        return torch.minimum(full, head).sum(-1)
+
+
+def propose(frontier, rule, drafted, choice):
+    """The newest position goes from exit to exit until one drafts -> its Draft, or None."""
+    for s in rule.exits_to_ask(drafted):
+        z = frontier.ask(s)[0]                                            # (V,)
+        answer = choice.of(z)
+        if rule.drafts(s, z, answer):
+            return Draft(choice.token(answer), frontier.bounds[s + 1], answer)
     return None
 
 
-def verify(logits, drafts, choice):
-    """The accept rule: full-model logits (n + 1, V) at n drafts -> (kept drafts, next token)."""
+def verify(full, drafts, choice):
+    """The accept rule: full model's answers (n + 1, ..) at n drafts -> (kept drafts, next token)."""
     # greedy: keep x_i while x_i = argmax z_L
     if choice.temperature == 0:
-        full, kept = logits.argmax(-1).tolist(), 0
+        full, kept = full.tolist(), 0
         while kept < len(drafts) and drafts[kept].token == full[kept]:
             kept += 1
         return kept, full[kept]
     # sampled: keep x_i ~ q with probability min(1, p(x_i) / q(x_i)), else draw from max(0, p - q)
-    p = distribution(logits, choice.temperature, choice.top_p)            # (n + 1, V)
     for i, (x, _, q) in enumerate(drafts):
-        kept, token = keep_or_replace(p[i], q, x, choice.generator)
+        kept, token = keep_or_replace(full[i], q, x, choice.generator)
         if not kept:
             return i, token
-    return len(drafts), draw(p[-1], choice.generator)
+    return len(drafts), draw(full[-1], choice.generator)
 
 
 def keep_or_replace(p, q, x, generator):
@@ -321,23 +368,185 @@ def keep_or_replace(p, q, x, generator):
     return False, draw(rest, generator)
 
 
+# ---------------------------------------------------------------- when to draft
+
+
+class ByThresholds:
+    """The paper's rule. Every consulted exit is asked, and the first certain one drafts."""
+
+    prompt_rows = 1
+
+    def __init__(self, policy):
+        self.thresholds = [t for t in policy.thresholds if t is not None]
+        self.measure = MEASURES[policy.heads.measure] if policy.heads is not None else None
+
+    def read_prompt(self, frontier, full):
+        """Heads with a memory read the prompt."""
+        for s, cache in enumerate(frontier.head_caches):
+            if cache is not None:
+                frontier.read(s)
+
+    def exits_to_ask(self, drafted):
+        return range(len(self.thresholds))
+
+    def drafts(self, s, z, answer):
+        # LayerSkip's head is certain whatever it says: then nothing needs to be measured
+        threshold = self.thresholds[s]
+        return threshold == math.inf or is_certain(self.measure(z), threshold)
+
+    def learn(self, full, kept):
+        pass
+
+
+class Record:
+    """What one exit's recent answers were worth, in a few bins of uncertainty.
+
+    The calibrated thresholds bound the bins, and their levels are the first guess.
+    """
+
+    def __init__(self, calibration, m):
+        self.edges, self.right = [], []
+        for level in ("0.98", "0.95", "0.90", "0.80", "0.70", "0.60", "0.50"):
+            threshold = calibration[level][m] if level in calibration else None
+            if threshold is not None and threshold not in self.edges:
+                self.edges.append(threshold)
+                self.right.append(GUESS * float(level))
+        self.right.append(GUESS * 0.3)                    # beyond them all
+        self.seen = [GUESS] * len(self.right)             # answers; `right` of them were kept
+
+    def learn(self, b, chance):
+        """An answer in bin b was kept, or would have been, with this chance."""
+        self.seen = [MEMORY * n for n in self.seen]
+        self.right = [MEMORY * n for n in self.right]
+        self.seen[b] += 1
+        self.right[b] += chance
+
+    def bins(self):
+        """[(share of the answers, chance to be kept)]."""
+        total = sum(self.seen)
+        return [(n / total, right / n) for n, right in zip(self.seen, self.right)]
+
+
+def between(few, many, positions):
+    """Costs at this many cached positions, on the line through two measured ones."""
+    share = (positions - few.positions) / (many.positions - few.positions)
+
+    def blend(a, b):
+        return max(0.0, a + share * (b - a))
+
+    return Costs(positions, blend(few.plain, many.plain),
+                 list(map(blend, few.question, many.question)),
+                 list(map(blend, few.further, many.further)))
+
+
+class ByGain:
+    """Ours. Draft where that saves more time than it costs, and learn while decoding.
+
+    S is the chance that all pending drafts are kept, p the chance of the next one, T the time that
+    a token takes at present. A further draft brings S p tokens, worth S p T. It costs c_s: the
+    blocks up to exit s for one more row, and that row's share of the verification. This is the
+    expected improvement of Leviathan et al. (2023), draft by draft, as optimal stopping. From the
+    deepest exit to the shallowest,
+
+        value_s = mean over answers of max(S p T - c_s, value_{s+1}) - the time of a question
+
+    Exit s is asked where value_s > value_{s+1}. It drafts where S p T - c_s > value_{s+1}.
+    T is the recent time per token by the costs, at most a plain step. (The most tokens per second
+    come when time is priced at what it brings elsewhere: Dinkelbach's rule for ratios.)
+
+    p comes from the exit's Record. The prompt is the first evidence, then every verification says
+    which answers were right. Where nothing pays, one question is asked after 1, 2, 4, .. tokens.
+    The rule looks at the past, at q and at its uncertainty, never at the token drawn.
+    """
+
+    prompt_rows = 64
+
+    def __init__(self, policy, positions, choice):
+        heads = policy.heads
+        self.choice, self.measure = choice, MEASURES[heads.measure]
+        self.costs = between(*policy.costs, positions)
+        self.records = [Record(heads.calibration, m) for m in range(len(heads.layers))]
+        self.wait, self.rest, self.asked = 1, 0, []
+        self.tokens, self.spent = 8.0, 8 * self.costs.plain               # ms
+        self.token_ms = self.costs.plain                                  # T
+
+    def read_prompt(self, frontier, full):
+        """The first evidence: what every exit would have said at the prompt's last positions."""
+        for s, record in enumerate(self.records):
+            z = frontier.ask(s, len(full))                                # (n, V)
+            chances = self.choice.chance_kept(full, self.choice.of(z))    # (n,)
+            for u, chance in zip(self.measure(z).tolist(), chances.tolist()):
+                record.learn(bisect(record.edges, u), chance)
+
+    def exits_to_ask(self, drafted):
+        """The exits that are worth asking, shallow first."""
+        if drafted == 0:
+            self.kept = 1.0                                               # S
+            if self.rest:
+                self.rest -= 1
+                return []
+        self.drafted, value = drafted, 0.0
+        exits, values, self.refusal = [], [], [0.0] * len(self.records)
+        for s in reversed(range(len(self.records))):
+            self.refusal[s], mean = value, 0.0
+            for share, p in self.records[s].bins():
+                mean += share * max(self.gain(s, p), value)
+            values.insert(0, mean - self.costs.question[s])
+            if values[0] > value:
+                value = values[0]
+                exits.insert(0, s)
+        if exits:
+            self.wait = 1
+        elif drafted == 0:
+            # nothing pays: one question, then a rest, longer each time
+            exits, self.rest = [values.index(max(values))], self.wait
+            self.wait = min(2 * self.wait, 64)
+        return exits
+
+    def gain(self, s, p):
+        return self.kept * p * self.token_ms - self.costs.further[s]
+
+    def drafts(self, s, z, answer):
+        record = self.records[s]
+        b = bisect(record.edges, self.measure(z).item())
+        p = record.right[b] / record.seen[b]
+        drafts = self.gain(s, p) > self.refusal[s]
+        self.asked.append((self.drafted, s, b, answer, drafts))
+        if drafts:
+            self.kept *= p
+        return drafts
+
+    def learn(self, full, kept):
+        """A verification: of each answer after a right beginning, would it have been kept?"""
+        costs = self.costs
+        self.tokens = MEMORY * self.tokens + kept + 1
+        self.spent = MEMORY * self.spent + costs.plain
+        for row, s, b, answer, drafted in self.asked:
+            self.spent += costs.question[s] + drafted * costs.further[s]
+            if row <= kept:
+                chance = self.choice.chance_kept(full[row], answer).item()
+                self.records[s].learn(b, chance)
+        self.token_ms = min(costs.plain, self.spent / self.tokens)
+        self.asked = []
+
+
 # ---------------------------------------------------------------- the loop
 
 
 @torch.inference_mode()
 def decode(model, ids, limit, policy, choice, stop, log):
     """One generation of `limit` tokens at most. Yields (token, depth that produced it)."""
-    L, measure = model.config.num_hidden_layers, None
-    if policy.heads is not None:
-        measure = MEASURES[policy.heads.measure]
+    L = model.config.num_hidden_layers
     frontier = Frontier(model, policy, len(ids) + limit, log)
+    rule = ByThresholds(policy)
+    if policy.costs:
+        rule = ByGain(policy, len(ids) + limit // 2, choice)
     # the prompt goes to full depth and gives the first token; heads with a memory read it
     log.prompt = len(ids)
     frontier.enter(ids)
-    _, token = verify(frontier.full_depth(1), [], choice)
-    for s, cache in enumerate(frontier.head_caches):
-        if cache is not None:
-            frontier.read(s)
+    full = choice.of(frontier.full_depth(min(rule.prompt_rows, len(ids))))
+    _, token = verify(full[-1:], [], choice)
+    rule.read_prompt(frontier, full)
     drafts, settled, emitted = [], [(token, L)], 0
     while True:
         # emit what is settled
@@ -355,11 +564,13 @@ def decode(model, ids, limit, policy, choice, stop, log):
         ended = bool(drafts) and token == stop
         proposal = None
         if policy.final or (fits and not ended):
-            proposal = propose(frontier, measure, choice)
+            proposal = propose(frontier, rule, len(drafts), choice)
         settled = []
         if proposal is None:
             # nobody is certain: the full model verifies all drafts in one pass
-            kept, token = verify(frontier.full_depth(len(drafts) + 1), drafts, choice)
+            full = choice.of(frontier.full_depth(len(drafts) + 1))
+            kept, token = verify(full, drafts, choice)
+            rule.learn(full, kept)
             rejected = len(drafts) - kept
             frontier.cut(frontier.reached[-1] - rejected)
             log.rounds.append((len(drafts), kept))

@@ -245,8 +245,10 @@ class Pythia(nn.Module):
         """Token ids (B, T) -> depth 0 of the residual stream (B, T, D)."""
         return self.embed_in(ids)
 
-    def run(self, x, start, stop, cache=None):
+    def run(self, x, start, stop, cache=None, between=None):
         """Advance T consecutive positions from depth start to depth stop: (B, T, D) -> (B, T, D).
+
+        between {depth: (B, T, D)}: there, the streams at depths on the way are left.
 
         With a cache the positions continue where the entries of these blocks end, all equally long,
         and their keys and values are appended. Without a cache they are positions 0 .. T - 1.
@@ -261,6 +263,8 @@ class Pythia(nn.Module):
         rope, mask = self.angles(offset, T, x), self.mask(offset, T, x)
         for block in range(start, stop):
             x = self.layers[block](x, rope, mask, cache, block)
+            if between and block + 1 in between:
+                between[block + 1].copy_(x)
         return x
 
     def unembed(self, x):

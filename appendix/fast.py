@@ -257,9 +257,9 @@ class Fused:
     def embed(self, ids):
         return self.embed_in(ids)
 
-    def run(self, x, start, stop, cache):
+    def run(self, x, start, stop, cache, between=None):
         """As Pythia.run, for B = 1 and with a cache. x is not changed."""
-        return self.run_folded(x[0], self.blocks[start:stop], cache, start)[None]
+        return self.run_folded(x[0], self.blocks[start:stop], cache, start, between)[None]
 
     def unembed(self, x):
         return self.output(x, self.out)
@@ -287,7 +287,7 @@ class Fused:
             limit = min(cache.max_len, len(self.turn))
             raise InputError(f"{n} tokens do not fit in a context of {limit}; shorten the prompt")
 
-    def run_folded(self, x, blocks, cache, start):
+    def run_folded(self, x, blocks, cache, start, between=None):
         """Rows x (T, D) through folded blocks -> (T, D). The cache holds their keys and values from
         its block `start` on."""
         T, n, stop = len(x), cache.length[start], start + len(blocks)
@@ -303,6 +303,7 @@ class Fused:
         if T > 1 and not first_rows:
             # row i sees positions 0 .. n + i
             mask = z.new_full((T, n + T), float("-inf")).triu(n + 1)
+        depth = start
         for slot, k, v, (up, down) in zip(slots, keys, values, blocks):
             up.into(z, self.normalised(x))
             rotate_pairs(pairs, turn)
@@ -317,6 +318,9 @@ class Fused:
             y.copy_(attended)
             hidden.addcmul_(hidden, torch.erf(hidden))                    # sqrt(2) GELU: see fold
             x = down.onto(x, both.to(x.dtype))                            # (T, D), a new tensor
+            depth += 1
+            if between and depth in between:
+                between[depth].copy_(x)
         cache.length[start:stop] = [n + T] * len(blocks)
         return x
 
@@ -454,7 +458,15 @@ class Graphed(Fused):
         cache.kv = self.buffers[owner]
         return cache
 
-    def run_folded(self, x, blocks, cache, start):
+    def run(self, x, start, stop, cache, between=None):
+        # a graph ends where streams are left
+        for depth in sorted(between or ()):
+            x = super().run(x, start, depth, cache)
+            between[depth].copy_(x)
+            start = depth
+        return super().run(x, start, stop, cache)
+
+    def run_folded(self, x, blocks, cache, start, between=None):
         T, n, stop = len(x), cache.length[start], start + len(blocks)
         if n == 0 or T > MOST_ROWS:                                       # a prompt
             return super().run_folded(x, blocks, cache, start)

@@ -123,10 +123,10 @@ class Odd:
         self.model, self.config, self.embed_in = model, model.config, model.embed_in
         self.new_cache, self.embed, self.unembed = model.new_cache, model.embed, model.unembed
 
-    def run(self, x, start, stop, cache):
+    def run(self, x, start, stop, *others):
         rows = x.shape[1]
         x = x + (rows - 1) * torch.linspace(-1, 1, 128)
-        return self.model.run(x, start, stop, cache)
+        return self.model.run(x, start, stop, *others)
 
 
 def test_row_dependence_sees_a_dependence(toy, capsys):

@@ -35,12 +35,12 @@ class Counted:
         self.model, self.times, self.run_before = model, Counter(), model.run
 
     def __enter__(self):
-        def run(x, start, stop, cache=None):
+        def run(x, start, stop, cache=None, between=None):
             offset = cache.length[start]
             for position in range(offset, offset + x.shape[1]):
                 for block in range(start, stop):
                     self.times[position, block] += 1
-            return self.run_before(x, start, stop, cache)
+            return self.run_before(x, start, stop, cache, between)
         self.model.run = run
         return self
 
