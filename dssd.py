@@ -729,12 +729,13 @@ def show_stream(tokenizer, pairs, L):
     return seen
 
 
+# two violets, two purples, red, orange, amber, gold: each lighter than the one before
+DEPTH_COLOURS = 55, 92, 127, 162, 197, 208, 214, 220
+
+
 def terminal_colour(depth, L):
-    """Dark violet (shallow) to gold (the full model): a code of the 256 terminal colours."""
-    for share, code in ((0.13, 54), (0.3, 31), (0.99, 36)):
-        if depth / L <= share:
-            return code
-    return 136
+    """Violet (shallow) to gold (the full model): a code of the 256 terminal colours."""
+    return DEPTH_COLOURS[round((len(DEPTH_COLOURS) - 1) * depth / L)]
 
 
 def table(model, policies, prompts, max_new_tokens, **options):
@@ -765,7 +766,7 @@ def arguments():
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-p", type=float, default=1.0, help="nucleus, in (0, 1]")
     add("--prompts", type=int, default=3, help="held-out prompts behind the table")
-    add("--figure", help="draw the continuation, a bar per token, to this file")
+    add("--figure", help="draw the grid of positions and blocks to this file; .gif: an animation")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.prompts < 1 or args.max_new_tokens < 2:
@@ -777,8 +778,8 @@ def main():
     from heads import ExitHeads, held_out_prompts
     args = arguments()
     if args.figure:
-        from appendix import figures
-        figures.check(args.figure)
+        from appendix import figures, grid
+        figures.check(args.figure, (".png", ".svg", ".pdf", ".gif"))
     folder = locate(args.model)
     model, tokenizer = Pythia.from_pretrained(folder), Tokenizer.load(folder)
     heads = ExitHeads.load(args.heads or folder / "heads-fast.safetensors", model)
@@ -789,10 +790,7 @@ def main():
     ids, dssd = tokenizer.encode(args.prompt), DSSD(heads, thresholds)
     pairs = stream(model, ids, args.max_new_tokens, dssd, stop=tokenizer.end, **options)
     print(args.prompt, end="", flush=True)
-    seen = show_stream(tokenizer, pairs, L)
-    if args.figure:
-        figures.tokens(args.figure, tokenizer, seen, L)
-        print(f"wrote {args.figure}")
+    show_stream(tokenizer, pairs, L)
 
     # every policy on the same prompts
     policies = {"Plain": Plain(), "EarlyExit": EarlyExit(heads, thresholds), "DSSD": dssd}
@@ -801,6 +799,13 @@ def main():
     for exit in heads.layers:
         for length in (2, 4, 8):
             policies[f"LayerSkip {exit}x{length}"] = LayerSkip(heads, exit, length)
+    if args.figure:
+        n, runs = min(grid.LONGEST, args.max_new_tokens), []
+        for name in ("Plain", "EarlyExit", "DSSD"):
+            generation = generate(model, ids, n, policies[name], stop=tokenizer.end, **options)
+            runs.append((policies[name], generation))
+        grid.grid(args.figure, tokenizer, heads, runs)
+        print(f"wrote {args.figure}")
     print(f"\n{args.prompts} held-out prompts x {args.max_new_tokens} tokens; level {args.level}, "
           f"thresholds on the {heads.measure}")
     prompts = held_out_prompts(args.prompts, tokenizer=tokenizer)
