@@ -800,6 +800,7 @@ def main():
         for length in (2, 4, 8):
             policies[f"LayerSkip {exit}x{length}"] = LayerSkip(heads, exit, length)
     if args.figure:
+        # the prompt's grid under the first three
         n, runs = min(grid.LONGEST, args.max_new_tokens), []
         for name in ("Plain", "EarlyExit", "DSSD"):
             generation = generate(model, ids, n, policies[name], stop=tokenizer.end, **options)

@@ -76,7 +76,8 @@ def lens(path, model, tokenizer, text):
     value, guess = logits.softmax(-1).max(-1)                             # (L + 1, T) each
     T = ids.shape[1]
     with canvas(path, size=(0.62 * T + 1.5, 0.3 * L + 1.5)) as (figure, axes):
-        image = axes.imshow(value.numpy(), origin="lower", aspect="auto", cmap="Greys", vmin=0, vmax=1)
+        image = axes.imshow(value.numpy(), origin="lower", aspect="auto", cmap="Greys", vmin=0,
+                            vmax=1)
         for depth in range(L + 1):
             for t in range(T):
                 # dark squares need white letters; bold: the full model's choice
