@@ -291,7 +291,7 @@ def distribution(logits, temperature, top_p):
     """Probabilities (..., V): softmax at the temperature, cut to the top-p nucleus."""
     logits = logits.float()
     largest = logits.amax(-1, keepdim=True)              # so that no temperature overflows
-    p = ((logits - largest) / temperature).softmax(-1)
+    p = ((logits - largest) / max(temperature, 1e-30)).softmax(-1)        # float32 ends at 1e-38
     if top_p < 1:
         ordered, at = p.sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered

@@ -30,7 +30,7 @@ A layer n always means "after n blocks".
 import argparse
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from model import TOY, Block, InputError, KVCache, Pythia, Tokenizer, command_line, written_whole
+from model import (TOY, Block, InputError, KVCache, Pythia, Tokenizer, check_fields, command_line,
+                   written_whole)
 
 # ---------------------------------------------------------------- the paper's head, and four more
 
@@ -177,6 +178,7 @@ class BlockHead(ExitHead):
 
 KINDS = {"linear": ExitHead, "mlp": MLPHead, "tied": TiedHead, "lowrank": LowRankHead,
          "block": BlockHead}
+MEASURES = ("entropy", "max_probability", "margin", "logit_gap", "max_logit", "topk_entropy")
 
 
 # ---------------------------------------------------------------- the heads of one backbone
@@ -184,22 +186,40 @@ KINDS = {"linear": ExitHead, "mlp": MLPHead, "tied": TiedHead, "lowrank": LowRan
 
 def check_layers(layers, depth):
     """Raise InputError unless layers are increasing whole numbers in 1 .. depth - 1."""
-    inside = layers and all(1 <= n < depth for n in layers)
+    inside = layers and all(type(n) is int and 1 <= n < depth for n in layers)
     if not inside or any(a >= b for a, b in zip(layers, layers[1:])):
         raise InputError(f"layers {layers} must be increasing whole numbers between 1 and "
                          f"{depth - 1}: blocks executed before the exit, of {depth} in this model")
 
 
-def fingerprint(model):
-    """A short name of a backbone: a hash of its shape and of some of its weights.
+def check_info(info, path):
+    """What a heads file says of itself, complete. Raises InputError unless it is well formed."""
+    types = {"kind": str, "layers": list, "measure": str, "calibration": dict, "backbone": str}
+    info = {"measure": "entropy", **info} if isinstance(info, dict) else {}    # as older files mean
+    for name, kind in types.items():
+        if not isinstance(info.get(name), kind):
+            raise InputError(f"{path} holds no exit heads (its metadata 'nanoexit' lacks {name}); "
+                             f"train heads with train.py")
+    if info["measure"] not in MEASURES:
+        raise InputError(f"{path}: measure {info['measure']!r:.80} is not one of {MEASURES}")
+    for level, row in info["calibration"].items():
+        if not isinstance(row, list) or len(row) != len(info["layers"]):
+            raise InputError(f"{path}: calibration {level!r:.80} is no list of a threshold per exit")
+        known = {f"threshold {m} of {level!r:.80}": t for m, t in enumerate(row) if t is not None}
+        check_fields(known, dict.fromkeys(known, (float, -1e300, 1e300)), path)
+    return info
 
-    The same whether F16 weights, as the official ones are, are read in 16 or 32 bits.
+
+def fingerprint(model):
+    """A short name of a backbone: a hash of its shape and of 256 values of every tensor.
+
+    Values count, not spellings: 10000 is 10000.0, and F16 weights, as the official ones are, may be
+    read in 16 or 32 bits. The step is odd, so that the values stand in all columns.
     """
-    h = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
-    first, last = model.layers[0], model.layers[-1]
-    for w in (model.embed_out, first.attention.query_key_value, last.mlp.dense_4h_to_h):
-        rows = w.weight[:16].detach().to("cpu", torch.bfloat16).contiguous()
-        h.update(rows.view(torch.uint8).numpy().tobytes())
+    shape = [float(value) for value in asdict(model.config).values()]
+    some = [p.detach().flatten()[::p.numel() // 256 | 1].bfloat16() for p in model.parameters()]
+    h = hashlib.sha256(json.dumps(shape).encode())
+    h.update(torch.cat(some).cpu().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
 
@@ -249,18 +269,16 @@ class ExitHeads(nn.Module):
             with safe_open(path, framework="pt") as f:
                 info = json.loads((f.metadata() or {}).get("nanoexit", "null"))
                 tensors = {name: f.get_tensor(name) for name in f.keys()}
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} cannot be read as a heads file ({error}); "
                              f"train heads with train.py") from None
-        if not isinstance(info, dict) or {"kind", "layers", "calibration", "backbone"} - set(info):
-            raise InputError(f"{path} holds no exit heads (its metadata lacks 'nanoexit'); "
-                             f"train heads with train.py")
-        if info["backbone"] != fingerprint(model):
+        info = check_info(info, path)
+        name = fingerprint(model)
+        if info["backbone"] != name:
             raise InputError(f"the heads in {path} were trained on another backbone (fingerprint "
-                             f"{info['backbone']}, this model's is {fingerprint(model)}); "
+                             f"{info['backbone']!r:.80}, this model's is {name}); "
                              f"train heads for this model with train.py")
-        measure = info.get("measure", "entropy")                          # older files mean entropy
-        heads = cls(model, info["layers"], info["kind"], measure=measure)
+        heads = cls(model, info["layers"], info["kind"], measure=info["measure"])
         try:
             heads.load_state_dict(tensors)
         except RuntimeError as error:

@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import sys
 import time
 import unicodedata
@@ -40,6 +41,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 TOY = Path(__file__).parent / "toy"   # the model that comes with the repository
+LARGEST_JSON = 2 ** 24                # bytes; the official tokenizer.json has 2 million
 
 # ---------------------------------------------------------------- the architecture
 
@@ -80,7 +82,7 @@ class PythiaConfig:
         Raises InputError that names a field which is missing, wrong, or not supported.
         """
         fields = supported_fields(fields)
-        return cls(**{name: fields[name] for name in cls.__dataclass_fields__ if name in fields})
+        return cls(**{name: fields[name] for name in FIELDS})
 
     def to_dict(self):
         """The content of an official-style config.json."""
@@ -242,7 +244,13 @@ class Pythia(nn.Module):
         return model.eval()
 
     def embed(self, ids):
-        """Token ids (B, T) -> depth 0 of the residual stream (B, T, D)."""
+        """Token ids (B, T) -> depth 0 of the residual stream (B, T, D). InputError for no such id.
+
+        On a GPU a look costs time, so one token alone, which the model itself chose, passes there.
+        """
+        V = self.config.vocab_size
+        if ids.numel() > (ids.device.type != "cpu") and not 0 <= ids.min() <= ids.max() < V:
+            raise InputError(f"ids {ids.min()} .. {ids.max()} do not fit: the model has {V} tokens")
         return self.embed_in(ids)
 
     def run(self, x, start, stop, cache=None, between=None):
@@ -318,39 +326,78 @@ class Pythia(nn.Module):
 
 # ---------------------------------------------------------------- the official files
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-         "num_attention_heads")           # these have no default
-SUPPORTED = {"model_type": "gpt_neox", "hidden_act": "gelu", "tie_word_embeddings": False,
-             "attention_bias": True}      # the only values that this model computes
+# Of every field of PythiaConfig: its type, the least and the largest value
+FIELDS = {"vocab_size": (int, 1, 2 ** 24), "hidden_size": (int, 1, 2 ** 16),
+          "intermediate_size": (int, 1, 2 ** 20), "num_hidden_layers": (int, 1, 2 ** 10),
+          "num_attention_heads": (int, 1, 2 ** 16), "max_position_embeddings": (int, 1, 2 ** 20),
+          "rotary_pct": (float, 0, 1), "rotary_emb_base": (float, 1e-6, 1e15),
+          "layer_norm_eps": (float, 0, 1), "use_parallel_residual": (bool, False, True)}
+SIZES = list(FIELDS)[:5]                  # these have no default
+SUPPORTED = {"model_type": ("gpt_neox", None), "hidden_act": ("gelu", None),
+             "tie_word_embeddings": (False, None), "attention_bias": (True, None),
+             "rope.rope_type": ("default", None)}    # what this model computes; None: not given
 BUFFERS = re.compile(r"attention\.(bias|masked_bias|rotary_emb\.inv_freq)$")   # of older exports
 
 
+def check_form(content, form, where):
+    """Raise InputError unless the values of nested dicts are among those that `form` allows.
+
+    form: {"name" or "name.of.nested": allowed values}. A name that is missing reads as None.
+    """
+    for place, allowed in form.items():
+        value = content
+        for name in place.split("."):
+            # What is no dict fits nothing
+            value = value.get(name) if isinstance(value, dict) else value and [value]
+        if value not in allowed:
+            raise InputError(f"{where}: {place} = {reprlib.repr(value)} is not supported, "
+                             f"only {allowed[0]!r}")
+
+
+def check_fields(values, declared, where):
+    """Raise InputError unless values fit declared {name: (type, least, largest)}.
+
+    A whole number may stand for a float. NaN lies in no range.
+    """
+    words = {int: "a whole number", float: "a number", bool: "true or false:"}
+    for name, (kind, least, largest) in declared.items():
+        value = values[name]
+        typed = type(value) is kind or (kind is float and type(value) is int)
+        if not typed or not least <= value <= largest:
+            raise InputError(f"{where}: {name} = {reprlib.repr(value)} must be "
+                             f"{words[kind]} from {least} to {largest}")
+
+
 def supported_fields(fields):
-    """The fields of a config.json, with those of RoPE under their official names. Or InputError."""
-    if not isinstance(fields, dict):
-        raise InputError("config.json is no JSON object; is this a model's folder?")
-    for name, value in SUPPORTED.items():
-        if fields.get(name, value) != value:
-            raise InputError(f"config.json: {name} = {fields[name]!r} is not supported, "
-                             f"only {value!r}")
-    # Current transformers keeps RoPE in a dict of its own
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise InputError(f"config.json: rope type {rope!r} is not supported, only 'default'")
-    rotation = {"rotary_pct": rope.get("partial_rotary_factor", 0.25),
-                "rotary_emb_base": rope.get("rope_theta", 10000)}
+    """The fields of PythiaConfig in the content of a config.json, complete. Or InputError."""
     missing = [name for name in SIZES if name not in fields]
     if missing:
         raise InputError(f"config.json: missing {', '.join(missing)}; is this a GPT-NeoX config?")
-    for name in SIZES:
-        if type(fields[name]) is not int or fields[name] < 1:
-            raise InputError(f"config.json: {name} = {fields[name]!r} must be a positive "
-                             f"whole number")
-    D, H = fields["hidden_size"], fields["num_attention_heads"]
-    if D % H:
-        raise InputError(f"config.json: hidden_size {D} is not a multiple of "
-                         f"num_attention_heads {H}")
-    return {**rotation, **fields}
+    # Current transformers keeps RoPE in a dict of its own, which comes before the older names
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    rope = {"rope_type": rope.get("type"), **rope} if isinstance(rope, dict) else rope
+    check_form({**fields, "rope": rope}, SUPPORTED, "config.json")
+    config = {**asdict(PythiaConfig()), **fields}
+    config["rotary_pct"] = rope.pop("partial_rotary_factor", config["rotary_pct"])
+    config["rotary_emb_base"] = rope.pop("rope_theta", config["rotary_emb_base"])
+    check_fields(config, FIELDS, "config.json")
+    D, H = config["hidden_size"], config["num_attention_heads"]
+    K, R = D // H, int(D // H * config["rotary_pct"])
+    if D % H or R + R % 2 > K:            # an odd rotated width is rounded up: to whole pairs
+        raise InputError(f"config.json: hidden_size {D} is not a multiple of num_attention_heads "
+                         f"{H}, or their ratio is odd and rotary_pct {config['rotary_pct']}")
+    # Numbers in a place that nobody reads are refused, unless they say the same
+    same = {"rope_theta": config["rotary_emb_base"], "partial_rotary_factor": config["rotary_pct"],
+            "head_dim": K, "type": rope.get("type"), "rope_type": rope.get("rope_type")}
+    read = ("rope_scaling", "rope_parameters", "rotary_pct", "rotary_emb_base")
+    for name in fields:
+        if re.search("rope|rotary|head_dim", name) and name not in read:
+            rope.setdefault(name, fields[name])
+    for name, value in rope.items():
+        if value not in (None, same.get(name)):
+            raise InputError(f"config.json: {name} = {reprlib.repr(value)} stands in a place that "
+                             f"is not read; rotary_pct and rotary_emb_base are")
+    return config
 
 
 def official_name(name):
@@ -359,23 +406,43 @@ def official_name(name):
 
 
 def read_json(path, what):
-    """The content of a JSON file. InputError that ends in `what` when it is missing or damaged."""
+    """The content of a JSON file: an object, a dict. InputError that ends in `what` otherwise."""
     try:
-        return json.loads(Path(path).read_text("utf-8"))
+        with open(path, "rb") as file:
+            text = file.read(LARGEST_JSON + 1)
+        content = json.loads(text) if len(text) <= LARGEST_JSON else None
     except FileNotFoundError:
         raise InputError(f"{path} is missing; {what}") from None
-    except ValueError:
-        raise InputError(f"{path} is not JSON; {what}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}); {what}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is no JSON object of at most {LARGEST_JSON >> 20} MB; {what}")
+    return content
+
+
+def shard_names(path, what="copy or download it again"):
+    """The file names that a model.safetensors.index.json lists. InputError when it is damaged.
+
+    They are names of files beside it: a path could lead anywhere.
+    """
+    places = read_json(path, what).get("weight_map")
+    if not isinstance(places, dict):
+        raise InputError(f"{path} has no weight_map; copy or download it again")
+    plain = re.compile(r"[\w.-]{1,200}\.safetensors", re.A)
+    for name in places.values():
+        if not isinstance(name, str) or not plain.fullmatch(name):
+            raise InputError(f"{path}: {reprlib.repr(name)} is no plain name that ends in "
+                             f".safetensors; copy or download it again")
+    return sorted(set(places.values()))
 
 
 def shards_of(folder):
-    """The file names that model.safetensors.index.json lists. InputError when it is damaged."""
-    path = Path(folder) / "model.safetensors.index.json"
-    index = read_json(path, "there is no model.safetensors either")
-    try:
-        return sorted(set(index["weight_map"].values()))
-    except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{path} has no weight_map; copy or download it again") from None
+    """The files of the weights of a folder without model.safetensors, as its index lists them."""
+    what = "there is no model.safetensors either"
+    if any(Path(folder).glob("*.bin")):
+        what = ("*.bin weights are not read: they are pickles, which may run any program; "
+                "save them as safetensors")
+    return shard_names(Path(folder) / "model.safetensors.index.json", what)
 
 
 def open_weights(path):
@@ -388,9 +455,9 @@ def open_weights(path):
 
 
 def find_weights(folder, shapes):
-    """Which file holds each tensor: shapes {official name: list} -> {official name: path}.
+    """Where tensors are: shapes {official name: list} -> {official name: (path, the name there)}.
 
-    Raises InputError that lists unexpected, misshapen and missing tensors.
+    Raises InputError that lists unexpected, misshapen, doubled and missing tensors.
     """
     whole = (folder / "model.safetensors").exists()
     files = ["model.safetensors"] if whole else shards_of(folder)
@@ -400,12 +467,16 @@ def find_weights(folder, shapes):
             for key in file.keys():
                 if BUFFERS.search(key):
                     continue
-                places[key] = folder / name
+                # Current transformers calls the unembedding lm_head, except in its files
+                known = "embed_out.weight" if key == "lm_head.weight" else key
                 shape = file.get_slice(key).get_shape()
-                if key not in shapes:
+                if known not in shapes:
                     problems.append(f"unexpected {key}")
-                elif shape != shapes[key]:
-                    problems.append(f"{key} has shape {shape}, not {shapes[key]}")
+                elif known in places:
+                    problems.append(f"{known} twice")
+                elif shape != shapes[known]:
+                    problems.append(f"{key} has shape {shape}, not {shapes[known]}")
+                places[known] = folder / name, key
     problems += [f"missing {key}" for key in shapes if key not in places]
     if problems:
         problems = "; ".join(problems)
@@ -425,8 +496,8 @@ def load_weights(model, folder, device, dtype):
     # file is opened anew, so that no page of it stays mapped
     sizes = {name: p.numel() for name, p in parameters.items()}
     for name in sorted(sizes, key=sizes.get, reverse=True):
-        key = official_name(name)
-        with open_weights(places[key]) as file:
+        path, key = places[official_name(name)]
+        with open_weights(path) as file:
             tensor = file.get_tensor(key).to(device=device, dtype=dtype, copy=True)
         module, leaf = name.rsplit(".", 1)
         setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=False))
@@ -450,7 +521,23 @@ def locate(name_or_dir):
 # ---------------------------------------------------------------- the tokenizer
 
 # GPT-2's split into words, which the official tokenizer.json calls ByteLevel with use_regex
-WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s"
+# Its space, of which a word takes all but the last before a letter. To find the last, tiktoken goes
+# back from there, but cannot come from a million. So a long run is cut off first, at the same place
+SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+LONG_SPACE = re.compile(f"((?<![{SPACE}])[{SPACE}]{{9999,}}(?![^{SPACE}]))")
+
+# The tokenizer.json that we compute: all that changes ids. None: not given
+FORM = {"truncation": (None,), "padding": (None,), "normalizer.type": ("NFC",),
+        "pre_tokenizer.type": ("ByteLevel",), "pre_tokenizer.add_prefix_space": (False,),
+        "pre_tokenizer.use_regex": (True, None),
+        "post_processor.type": ("ByteLevel", "TemplateProcessing", None),
+        "post_processor.single": (None, [{"Sequence": {"id": "A", "type_id": 0}}]),
+        "decoder.type": ("ByteLevel", None), "model.type": ("BPE",), "model.dropout": (None, 0),
+        "model.continuing_subword_prefix": (None, ""), "model.end_of_word_suffix": (None, ""),
+        "model.byte_fallback": (False, None), "model.ignore_merges": (False, None)}
+ADDED = {"single_word": (False,), "lstrip": (False,), "rstrip": (False,),
+         "normalized": (False, True)}
 
 
 def byte_letters():
@@ -471,6 +558,29 @@ def splitter(contents):
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
 
+def check_numbers(spec, vocab, added):
+    """Raise InputError unless ids count up: pieces in the order of their merges, then added tokens.
+
+    Only then are the ids that tiktoken gives the official library's.
+    """
+    pieces = sorted(vocab, key=vocab.get)
+    new = [i for content, i in added.items() if content not in vocab]
+    ids = [vocab[piece] for piece in pieces] + new
+    merges = ["".join(pair).replace(" ", "") for pair in spec["model"]["merges"]]
+    letters = byte_letters()
+    needed = [letters[byte] for byte in range(0xF5) if byte not in (0xC0, 0xC1)]    # by UTF-8
+    rules = {"every id counts up from 0": [*map(repr, ids)] == [*map(str, range(len(ids)))],
+             "every merge makes the next id": [piece for piece in pieces if len(piece) > 1
+                                               and piece not in added] == merges,
+             "every byte is a token": not set(needed) - set(vocab),
+             "every added token stands once, with one id": "" not in added and all(
+                 vocab.get(t["content"], t["id"]) == t["id"] == added[t["content"]]
+                 for t in spec["added_tokens"])}
+    for rule, kept in rules.items():
+        if not kept:
+            raise InputError(f"tokenizer.json breaks a rule: {rule}")
+
+
 class Tokenizer:
     """The official tokenizer.json: byte-level BPE. tiktoken does the merges.
 
@@ -482,22 +592,27 @@ class Tokenizer:
     """
 
     def __init__(self, spec):
-        self.spec = spec
+        check_form(spec, FORM, "tokenizer.json")
+        self.spec, vocab = spec, spec["model"]["vocab"]
         added = {token["content"]: token["id"] for token in spec["added_tokens"]}
         # 1. The pieces that merges build. In GPT-NeoX the id of a piece is the rank of its merge
         byte_of = {letter: byte for byte, letter in byte_letters().items()}
         self.bytes = {}
-        for piece, i in spec["model"]["vocab"].items():
+        for piece, i in vocab.items():
             if piece not in added:
                 self.bytes[i] = bytes(byte_of[letter] for letter in piece)
+        check_numbers(spec, vocab, added)
         ranks = {piece: i for i, piece in self.bytes.items()}
         self.bpe = tiktoken.Encoding("nanoexit", pat_str=WORDS, mergeable_ranks=ranks,
                                      special_tokens={})
         # 2. The added tokens: special ones in the raw text, runs of spaces in the normalised text
         self.special, self.runs = {}, {}
         for token in spec["added_tokens"]:
-            kind = self.runs if token["normalized"] else self.special
-            kind[token["content"]] = token["id"]
+            check_form(token, ADDED, f"tokenizer.json, token {token['id']}")
+            if token["normalized"]:
+                self.runs[unicodedata.normalize("NFC", token["content"])] = token["id"]
+            else:
+                self.special[token["content"]] = token["id"]
             self.bytes[token["id"]] = token["content"].encode()
         self.at_special, self.at_runs = splitter(self.special), splitter(self.runs)
         self.end = added["<|endoftext|>"]
@@ -505,18 +620,22 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder):
-        """Read folder/tokenizer.json. InputError when it is missing or not a byte-level BPE."""
-        path = Path(folder) / "tokenizer.json"
+        """Read folder/tokenizer.json.
+
+        InputError when it is missing, no byte-level BPE, or larger than the model beside it.
+        """
+        path, config = Path(folder) / "tokenizer.json", Path(folder) / "config.json"
+        spec = read_json(path, "copy the official tokenizer.json beside the weights")
         try:
-            spec = json.loads(path.read_text("utf-8"))
-            if (spec["model"]["type"], spec["pre_tokenizer"]["type"]) != ("BPE", "ByteLevel"):
-                raise ValueError("no byte-level BPE")
-            return cls(spec)
-        except FileNotFoundError:
-            raise InputError(f"{path} is missing; "
-                             f"copy the official tokenizer.json beside the weights") from None
-        except (ValueError, KeyError, TypeError) as error:
+            tokenizer = cls(spec)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is not a GPT-NeoX tokenizer.json ({error!r})") from None
+        if config.exists():
+            V = PythiaConfig.from_dict(read_json(config, "is this a model's folder?")).vocab_size
+            if tokenizer.vocab_size > V:
+                raise InputError(f"{path}: token {V}, {tokenizer.bytes[V]!r}, has no row in the "
+                                 f"embedding, vocab_size is {V}; take the model's own tokenizer")
+        return tokenizer
 
     def encode(self, text):
         """Text -> list of ids, the same as the official tokenizer's. No token is added."""
@@ -528,8 +647,9 @@ class Tokenizer:
             for piece in self.at_runs.split(unicodedata.normalize("NFC", part)):
                 if piece in self.runs:
                     ids.append(self.runs[piece])
-                else:
-                    ids.extend(self.bpe.encode_ordinary(piece))
+                    continue
+                for words in LONG_SPACE.split(piece):
+                    ids.extend(self.bpe.encode_ordinary(words))
         return ids
 
     def decode(self, ids):
@@ -564,7 +684,8 @@ def sample(model, ids, max_new_tokens, temperature=0.0, seed=0):
         logits = model.unembed(x[:, -1])                                  # (1, V)
         if temperature:
             logits = logits.float() - logits.max()    # so that a tiny temperature cannot overflow
-            new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            p = (logits / max(temperature, 1e-30)).softmax(-1)    # float32 ends at 1e-38
+            new = torch.multinomial(p, 1, generator=generator)
         else:
             new = logits.argmax(-1, keepdim=True)                         # (1, 1)
         yield new.item()

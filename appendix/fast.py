@@ -255,7 +255,7 @@ class Fused:
         return cache
 
     def embed(self, ids):
-        return self.embed_in(ids)
+        return self.model.embed(ids)
 
     def run(self, x, start, stop, cache, between=None):
         """As Pythia.run, for B = 1 and with a cache. x is not changed."""
