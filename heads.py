@@ -204,7 +204,7 @@ def check_info(info, path):
         raise InputError(f"{path}: measure {info['measure']!r:.80} is not one of {MEASURES}")
     for level, row in info["calibration"].items():
         if not isinstance(row, list) or len(row) != len(info["layers"]):
-            raise InputError(f"{path}: calibration {level!r:.80} is no list of a threshold per exit")
+            raise InputError(f"{path}: calibration {level!r:.80} is no threshold per exit")
         known = {f"threshold {m} of {level!r:.80}": t for m, t in enumerate(row) if t is not None}
         check_fields(known, dict.fromkeys(known, (float, -1e300, 1e300)), path)
     return info

@@ -619,12 +619,12 @@ class Tokenizer:
         self.vocab_size = max(self.bytes) + 1
 
     @classmethod
-    def load(cls, folder):
-        """Read folder/tokenizer.json.
+    def load(cls, folder, name="tokenizer.json"):
+        """Read folder/tokenizer.json, or what it is called.
 
         InputError when it is missing, no byte-level BPE, or larger than the model beside it.
         """
-        path, config = Path(folder) / "tokenizer.json", Path(folder) / "config.json"
+        path, config = Path(folder) / name, Path(folder) / "config.json"
         spec = read_json(path, "copy the official tokenizer.json beside the weights")
         try:
             tokenizer = cls(spec)

@@ -7,17 +7,19 @@ A model on the Hugging Face hub is a few files at one commit of a repository, it
 A branch may move on. A commit never does. So the table below pins the commit of every official
 model, and everybody gets the same bytes. The bytes are checked. Sizes and SHA-256 sums on record
 stand in the table. For other files the server announces them, when it redirects to its storage.
+What is no such file all the same, say a portal's page, is not kept. No body is read for ever.
 
 A transfer may stop half way. What came is kept under a temporary name, and the next try asks for
 the rest only (an HTTP range). A file gets its own name after its size and checksum were checked.
 So a file that carries its name is whole, and the second `download` needs no network.
 
-An existing Hugging Face cache serves too, if it holds a whole model at the pinned revision.
+An existing Hugging Face cache serves too, if it holds a whole model at the pinned revision. It is
+where huggingface_hub looks: HF_HUB_CACHE, HUGGINGFACE_HUB_CACHE, HF_HOME or XDG_CACHE_HOME say so.
 
     python -m appendix.hub pythia-70m       fetch it at first use, and print its folder
 
     HF_ENDPOINT             another host than https://huggingface.co
-    HF_HOME, HF_HUB_CACHE   where the Hugging Face cache is
+    HF_HUB_OFFLINE=1        no network (also TRANSFORMERS_OFFLINE=1)
     XDG_CACHE_HOME          downloads are kept in its subfolder nanoexit (default ~/.cache/nanoexit)
 """
 import argparse
@@ -30,7 +32,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from model import InputError, command_line, shards_of, written_whole
+from model import (LARGEST_JSON, InputError, PythiaConfig, Tokenizer, command_line, open_weights,
+                   read_json, shard_names, shards_of, written_whole)
+
+PATIENCE, SLOWEST = 60, 10_000       # after so many seconds, fewer bytes per second are given up
 
 # Revision, then size in bytes and SHA-256 of model.safetensors where they are on record.
 # Names with -deduped take the branch of the final checkpoint, step143000.
@@ -77,10 +82,17 @@ def complete(folder):
     return all((folder / file).is_file() for file in ["config.json", "tokenizer.json", *weights])
 
 
+def setting(*names, default):
+    """The first of these environment variables that is set, ~ and $NAME expanded, as a path."""
+    values = [os.environ[name] for name in names if os.environ.get(name)]
+    return Path(os.path.expandvars(os.path.expanduser([*values, default][0])))
+
+
 def hugging_face_cache(short, revision):
     """Where the Hugging Face cache of this machine keeps a revision, whether it is there or not."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--EleutherAI--{short}"
+    home = setting("HF_HOME", default=setting("XDG_CACHE_HOME", default="~/.cache") / "huggingface")
+    hub = setting("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", default=home / "hub")
+    hub = hub / f"models--EleutherAI--{short}"
     branch = hub / "refs" / revision
     commit = branch.read_text().strip() if branch.is_file() else revision
     return hub / "snapshots" / commit
@@ -93,12 +105,20 @@ def download(name):
     """
     short, revision, size, sha256 = official(name)
     cached = hugging_face_cache(short, revision)
-    if complete(cached):
-        return cached
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    home = setting("XDG_CACHE_HOME", default="~/.cache")
     folder = home / "nanoexit" / f"{short}-{revision[:12]}"
+    for whole in (cached, folder):
+        if complete(whole):
+            return whole
+    others = [str(other) for other in cached.parent.glob("*") if complete(other)]
+    hint = f"; another revision is in {others[0]}: give this folder to use it" if others else ""
+    offline = [os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")]
+    if {"1", "ON", "YES", "TRUE"} & {value.upper() for value in offline}:
+        raise InputError(f"{short} at {revision} is in no cache, and HF_HUB_OFFLINE is set{hint}")
+    if hint:
+        print(f"{short} at {revision} is in no cache{hint}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
-    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    host = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     address = f"{host}/EleutherAI/{short}/resolve/{revision}/"
 
     def need(file, size=None, sha256=None):
@@ -135,13 +155,32 @@ def fetch(url, path, size=None, sha256=None, tries=3):
         if not sha256:
             announced = headers.get("x-linked-etag", headers.get("etag", ""))
             sha256 = announced.strip('W/"')
-        if not size:
-            size = int(headers.get("x-linked-size", part.stat().st_size))
+        size = size or headers["size"]
         known = len(sha256) in (40, 64)   # an etag may also be something that is no checksum
         if part.stat().st_size != size or known and checksum(part, sha256) != sha256:
             part.unlink()
             raise InputError(f"{url}: the file that came has the wrong size or checksum "
                              f"and was deleted; run again")
+        try:
+            check_content(part, path.name, known)
+        except InputError as error:
+            part.unlink()
+            raise InputError(f"{url}: what came was deleted, another server may have answered: "
+                             f"{error}") from None
+
+
+def check_content(part, name, known):
+    """InputError unless the file `part` can be what is called `name`. known: it had a checksum."""
+    what = "run again, with a network that lets it through"
+    if not name.endswith(".json"):
+        return None if known else open_weights(part)
+    if not known:
+        raise InputError(f"no checksum was announced; {what}")
+    if name == "config.json":
+        return PythiaConfig.from_dict(read_json(part, what))
+    if name == "tokenizer.json":
+        return Tokenizer.load(part.parent, part.name)
+    return shard_names(part, what)
 
 
 def receive_all(url, part, size, sha256, tries):
@@ -156,6 +195,9 @@ def receive_all(url, part, size, sha256, tries):
             return {}
         try:
             return receive(url, part, size)
+        except InputError:
+            part.unlink()
+            raise
         except urllib.error.HTTPError as error:
             if error.code == 404:
                 raise FileNotFoundError(url) from None
@@ -171,7 +213,8 @@ def receive_all(url, part, size, sha256, tries):
 def receive(url, part, size):
     """One try to complete the file `part` from url, continuing what it holds. Returns the headers.
 
-    Raises ConnectionError when fewer bytes came than announced, and what urllib raises.
+    Raises ConnectionError when fewer bytes came than announced, InputError when more, TimeoutError
+    when they come too slowly, and what urllib raises.
     """
     have = part.stat().st_size if part.exists() else 0
     redirects = KeepHeaders()
@@ -180,18 +223,25 @@ def receive(url, part, size):
         headers = {**redirects.announced, **lower(response.headers)}
         if response.status != 206:        # not the rest, but all of it again
             have = 0
-        total = size or have + int(headers.get("content-length", 0))
+        rest = int(headers.get("content-length", 0))
+        total = size or int(headers.get("x-linked-size", 0)) or have + rest
+        most = LARGEST_JSON if part.stem.endswith(".json") else total
         came, begin = 0, time.perf_counter()
         with open(part, "ab" if have else "wb") as file:
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
+            while chunk := response.read1(1 << 20):
                 have += len(chunk)
                 came += len(chunk)
-                show_progress(part.stem, have, total, came / (time.perf_counter() - begin))
+                seconds = time.perf_counter() - begin
+                if have > most:
+                    raise InputError(f"{url}: more came than {most:,} bytes, all of it was deleted")
+                if seconds > PATIENCE and came < SLOWEST * seconds:
+                    raise TimeoutError(f"only {came:,} bytes came in {seconds:.0f} s")
+                file.write(chunk)
+                show_progress(part.stem, have, total, came / seconds)
     print(f"{part.stem}: {have / 1e6:,.1f} MB".ljust(80), file=sys.stderr)
     if have < total:
         raise ConnectionError(f"{have:,} of {total:,} bytes came")
-    return headers
+    return {**headers, "size": total or have}
 
 
 def show_progress(name, have, total, rate):
@@ -204,12 +254,17 @@ def show_progress(name, have, total, rate):
 
 
 class KeepHeaders(urllib.request.HTTPRedirectHandler):
-    """Follows redirects and keeps their headers: they announce the size and checksum of a file."""
+    """Follows redirects and keeps their headers: they announce the size and checksum of a file.
+
+    It does not follow from https to a place where others could read and change what comes.
+    """
 
     def __init__(self):
         self.announced = {}
 
     def redirect_request(self, request, response, code, message, headers, url):
+        if request.type == "https" and not url.lower().startswith("https:"):
+            raise urllib.error.URLError(f"a redirect from https to {url} is not followed")
         self.announced.update(lower(headers))
         return super().redirect_request(request, response, code, message, headers, url)
 

@@ -1,4 +1,5 @@
 """appendix/hub.py: official names, a server with the hub's habits and faults, the cache."""
+import functools
 import hashlib
 import http.server
 import os
@@ -12,6 +13,8 @@ from appendix.hub import download, fetch
 from conftest import assert_refused, call, tiny
 from model import TOY, InputError, Pythia
 from test_model import saved
+
+small = functools.partial(tiny, vocab_size=2176)    # at least as many as the toy's tokens
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -64,8 +67,8 @@ def address():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, address):
-    """A folder for caches and downloads; the server offers the files of tiny() and no fault."""
-    folder = saved(tiny(), tmp_path / "origin", torch.float16)
+    """A folder for caches and downloads; the server offers the files of small() and no fault."""
+    folder = saved(small(), tmp_path / "origin", torch.float16)
     (folder / "tokenizer.json").write_text((TOY / "tokenizer.json").read_text())
     Hub.files, Hub.log, Hub.faults = {p.name: p.read_bytes() for p in folder.iterdir()}, [], {}
     monkeypatch.setenv("HF_ENDPOINT", address)
@@ -81,7 +84,7 @@ def weights_url():
 
 
 def same_weights(model):
-    return torch.equal(model.embed_in.weight, tiny().embed_in.weight.half().float())
+    return torch.equal(model.embed_in.weight, small().embed_in.weight.half().float())
 
 
 def test_official_names():
@@ -101,7 +104,7 @@ def test_download_once(place):
 
 
 def test_download_in_shards(place):
-    for file in saved(tiny(), place / "sharded", torch.float16, shards=3).iterdir():
+    for file in saved(small(), place / "sharded", torch.float16, shards=3).iterdir():
         Hub.files[file.name] = file.read_bytes()
     del Hub.files["model.safetensors"]
     assert same_weights(Pythia.from_pretrained("pythia-14m"))
