@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from model import (TOY, Block, InputError, KVCache, Pythia, Tokenizer, check_fields, command_line,
+from model import (TOY, Block, InputError, KVCache, Pythia, Tokenizer, check_form, command_line,
                    written_whole)
 
 # ---------------------------------------------------------------- the paper's head, and four more
@@ -193,20 +193,18 @@ def check_layers(layers, depth):
 
 
 def check_info(info, path):
-    """What a heads file says of itself, complete. Raises InputError unless it is well formed."""
-    types = {"kind": str, "layers": list, "measure": str, "calibration": dict, "backbone": str}
-    info = {"measure": "entropy", **info} if isinstance(info, dict) else {}    # as older files mean
-    for name, kind in types.items():
-        if not isinstance(info.get(name), kind):
-            raise InputError(f"{path} holds no exit heads (its metadata 'nanoexit' lacks {name}); "
-                             f"train heads with train.py")
-    if info["measure"] not in MEASURES:
-        raise InputError(f"{path}: measure {info['measure']!r:.80} is not one of {MEASURES}")
+    """What a heads file says of itself. Raises InputError unless it is complete and well formed."""
+    types = {"kind": str, "layers": list, "calibration": dict, "backbone": str}
+    if not isinstance(info, dict) or not all(isinstance(info.get(n), t) for n, t in types.items()):
+        raise InputError(f"{path} holds no exit heads (in its metadata 'nanoexit'); "
+                         f"train heads with train.py")
+    info = {"measure": "entropy", **info}                                 # older files mean entropy
+    check_form(info, {"kind": tuple(KINDS), "measure": MEASURES}, path)
     for level, row in info["calibration"].items():
         if not isinstance(row, list) or len(row) != len(info["layers"]):
             raise InputError(f"{path}: calibration {level!r:.80} is no threshold per exit")
-        known = {f"threshold {m} of {level!r:.80}": t for m, t in enumerate(row) if t is not None}
-        check_fields(known, dict.fromkeys(known, (float, -1e300, 1e300)), path)
+        known = {f"threshold {m}": t for m, t in enumerate(row) if t is not None}
+        check_form(known, dict.fromkeys(known, [-1e300, 1e300]), f"{path}, level {level!r:.80}")
     return info
 
 

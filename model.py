@@ -82,7 +82,7 @@ class PythiaConfig:
         Raises InputError that names a field which is missing, wrong, or not supported.
         """
         fields = supported_fields(fields)
-        return cls(**{name: fields[name] for name in FIELDS})
+        return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
 
     def to_dict(self):
         """The content of an official-style config.json."""
@@ -244,13 +244,10 @@ class Pythia(nn.Module):
         return model.eval()
 
     def embed(self, ids):
-        """Token ids (B, T) -> depth 0 of the residual stream (B, T, D). InputError for no such id.
-
-        On a GPU a look costs time, so one token alone, which the model itself chose, passes there.
-        """
-        V = self.config.vocab_size
-        if ids.numel() > (ids.device.type != "cpu") and not 0 <= ids.min() <= ids.max() < V:
-            raise InputError(f"ids {ids.min()} .. {ids.max()} do not fit: the model has {V} tokens")
+        """Token ids (B, T) -> depth 0 of the residual stream (B, T, D), or InputError: no such id."""
+        V, few = self.config.vocab_size, int(ids.is_cuda)       # on a GPU, each token's look costs
+        if ids.numel() > few and not 0 <= ids.min() <= ids.max() < V:
+            raise InputError(f"ids {ids.min()} .. {ids.max()} are not all in 0 .. {V - 1}")
         return self.embed_in(ids)
 
     def run(self, x, start, stop, cache=None, between=None):
@@ -326,61 +323,48 @@ class Pythia(nn.Module):
 
 # ---------------------------------------------------------------- the official files
 
-# Of every field of PythiaConfig: its type, the least and the largest value
-FIELDS = {"vocab_size": (int, 1, 2 ** 24), "hidden_size": (int, 1, 2 ** 16),
-          "intermediate_size": (int, 1, 2 ** 20), "num_hidden_layers": (int, 1, 2 ** 10),
-          "num_attention_heads": (int, 1, 2 ** 16), "max_position_embeddings": (int, 1, 2 ** 20),
-          "rotary_pct": (float, 0, 1), "rotary_emb_base": (float, 1e-6, 1e15),
-          "layer_norm_eps": (float, 0, 1), "use_parallel_residual": (bool, False, True)}
-SIZES = list(FIELDS)[:5]                  # these have no default
+SIZES = {"vocab_size": [1, 2 ** 24], "hidden_size": [1, 2 ** 16], "intermediate_size": [1, 2 ** 20],
+         "num_hidden_layers": [1, 2 ** 10], "num_attention_heads": [1, 2 ** 16]}    # no default
+# What this model computes, as check_form reads it
 SUPPORTED = {"model_type": ("gpt_neox", None), "hidden_act": ("gelu", None),
              "tie_word_embeddings": (False, None), "attention_bias": (True, None),
-             "rope.rope_type": ("default", None)}    # what this model computes; None: not given
+             "rope.rope_type": ("default", None), **SIZES, "max_position_embeddings": [1, 2 ** 20],
+             "rotary_pct": [0.0, 1.0], "rotary_emb_base": [1e-6, 1e15],
+             "layer_norm_eps": [0.0, 1.0], "use_parallel_residual": (True, False)}
 BUFFERS = re.compile(r"attention\.(bias|masked_bias|rotary_emb\.inv_freq)$")   # of older exports
 
 
 def check_form(content, form, where):
-    """Raise InputError unless the values of nested dicts are among those that `form` allows.
+    """Raise InputError unless the values in nested dicts are what `form` allows.
 
-    form: {"name" or "name.of.nested": allowed values}. A name that is missing reads as None.
+    form: {"name" or "name.of.nested": a tuple of values, or [least, largest] of a number, a whole
+    one if these are}. A missing name reads as None, NaN lies in no range.
     """
     for place, allowed in form.items():
-        value = content
+        value, ranged = content, isinstance(allowed, list)
         for name in place.split("."):
             # What is no dict fits nothing
             value = value.get(name) if isinstance(value, dict) else value and [value]
-        if value not in allowed:
-            raise InputError(f"{where}: {place} = {reprlib.repr(value)} is not supported, "
-                             f"only {allowed[0]!r}")
-
-
-def check_fields(values, declared, where):
-    """Raise InputError unless values fit declared {name: (type, least, largest)}.
-
-    A whole number may stand for a float. NaN lies in no range.
-    """
-    words = {int: "a whole number", float: "a number", bool: "true or false:"}
-    for name, (kind, least, largest) in declared.items():
-        value = values[name]
-        typed = type(value) is kind or (kind is float and type(value) is int)
-        if not typed or not least <= value <= largest:
-            raise InputError(f"{where}: {name} = {reprlib.repr(value)} must be "
-                             f"{words[kind]} from {least} to {largest}")
+        if ranged and type(value) in (int, type(allowed[0])):
+            fits = allowed[0] <= value <= allowed[1]
+        else:
+            fits = not ranged and value in allowed
+        if not fits:
+            said = "missing" if value is None else reprlib.repr(value)
+            only = f"from {allowed[0]} to {allowed[1]}" if ranged else repr(allowed[0])
+            raise InputError(f"{where}: {place} is {said}, supported is {only}")
 
 
 def supported_fields(fields):
-    """The fields of PythiaConfig in the content of a config.json, complete. Or InputError."""
-    missing = [name for name in SIZES if name not in fields]
-    if missing:
-        raise InputError(f"config.json: missing {', '.join(missing)}; is this a GPT-NeoX config?")
+    """The content of a config.json with the fields of PythiaConfig complete. Or InputError."""
     # Current transformers keeps RoPE in a dict of its own, which comes before the older names
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    rope = {"rope_type": rope.get("type"), **rope} if isinstance(rope, dict) else rope
-    check_form({**fields, "rope": rope}, SUPPORTED, "config.json")
-    config = {**asdict(PythiaConfig()), **fields}
+    rope = {"rope_type": rope.get("type"), **rope} if isinstance(rope, dict) else {"type": rope}
+    default = {name: x for name, x in asdict(PythiaConfig()).items() if name not in SIZES}
+    config = {**default, **fields, "rope": rope}
     config["rotary_pct"] = rope.pop("partial_rotary_factor", config["rotary_pct"])
     config["rotary_emb_base"] = rope.pop("rope_theta", config["rotary_emb_base"])
-    check_fields(config, FIELDS, "config.json")
+    check_form(config, SUPPORTED, "config.json")
     D, H = config["hidden_size"], config["num_attention_heads"]
     K, R = D // H, int(D // H * config["rotary_pct"])
     if D % H or R + R % 2 > K:            # an odd rotated width is rounded up: to whole pairs
@@ -388,13 +372,11 @@ def supported_fields(fields):
                          f"{H}, or their ratio is odd and rotary_pct {config['rotary_pct']}")
     # Numbers in a place that nobody reads are refused, unless they say the same
     same = {"rope_theta": config["rotary_emb_base"], "partial_rotary_factor": config["rotary_pct"],
-            "head_dim": K, "type": rope.get("type"), "rope_type": rope.get("rope_type")}
+            "head_dim": K, "rope_type": "default", "type": rope.get("type")}
     read = ("rope_scaling", "rope_parameters", "rotary_pct", "rotary_emb_base")
-    for name in fields:
-        if re.search("rope|rotary|head_dim", name) and name not in read:
-            rope.setdefault(name, fields[name])
-    for name, value in rope.items():
-        if value not in (None, same.get(name)):
+    for name, value in {**rope, **fields}.items():
+        placed = name in rope or re.search("rope|rotary|head_dim", name)
+        if placed and name not in read and value not in (None, same.get(name)):
             raise InputError(f"config.json: {name} = {reprlib.repr(value)} stands in a place that "
                              f"is not read; rotary_pct and rotary_emb_base are")
     return config
@@ -428,9 +410,8 @@ def shard_names(path, what="copy or download it again"):
     places = read_json(path, what).get("weight_map")
     if not isinstance(places, dict):
         raise InputError(f"{path} has no weight_map; copy or download it again")
-    plain = re.compile(r"[\w.-]{1,200}\.safetensors", re.A)
     for name in places.values():
-        if not isinstance(name, str) or not plain.fullmatch(name):
+        if not re.fullmatch(r"(?a)[\w.-]{1,200}\.safetensors", str(name)):
             raise InputError(f"{path}: {reprlib.repr(name)} is no plain name that ends in "
                              f".safetensors; copy or download it again")
     return sorted(set(places.values()))
@@ -479,7 +460,7 @@ def find_weights(folder, shapes):
                 places[known] = folder / name, key
     problems += [f"missing {key}" for key in shapes if key not in places]
     if problems:
-        problems = "; ".join(problems)
+        problems = "; ".join(problems[:5]) + (f"; {len(problems)} in all" if problems[5:] else "")
         raise InputError(f"the weights in {folder} do not fit its config.json: {problems}")
     return places
 
@@ -563,22 +544,16 @@ def check_numbers(spec, vocab, added):
 
     Only then are the ids that tiktoken gives the official library's.
     """
-    pieces = sorted(vocab, key=vocab.get)
-    new = [i for content, i in added.items() if content not in vocab]
-    ids = [vocab[piece] for piece in pieces] + new
+    order = sorted(vocab, key=vocab.get) + [content for content in added if content not in vocab]
+    numbers = {**vocab, **added}
+    ids = [repr(numbers[content]) for content in order]                   # 1.0 and True are no ids
+    longer = [piece for piece in order if len(piece) > 1 and piece not in added]
     merges = ["".join(pair).replace(" ", "") for pair in spec["model"]["merges"]]
-    letters = byte_letters()
-    needed = [letters[byte] for byte in range(0xF5) if byte not in (0xC0, 0xC1)]    # by UTF-8
-    rules = {"every id counts up from 0": [*map(repr, ids)] == [*map(str, range(len(ids)))],
-             "every merge makes the next id": [piece for piece in pieces if len(piece) > 1
-                                               and piece not in added] == merges,
-             "every byte is a token": not set(needed) - set(vocab),
-             "every added token stands once, with one id": "" not in added and all(
-                 vocab.get(t["content"], t["id"]) == t["id"] == added[t["content"]]
-                 for t in spec["added_tokens"])}
-    for rule, kept in rules.items():
-        if not kept:
-            raise InputError(f"tokenizer.json breaks a rule: {rule}")
+    lacking = {byte for byte, letter in byte_letters().items() if letter not in vocab}
+    if (ids != [*map(str, range(len(ids)))] or longer != merges or "" in added
+            or len(added) < len(spec["added_tokens"])
+            or not lacking <= {0xC0, 0xC1, *range(0xF5, 256)}):           # not in UTF-8
+        raise InputError("ids must count up from 0: bytes and merges in order, then added tokens")
 
 
 class Tokenizer:
@@ -596,12 +571,12 @@ class Tokenizer:
         self.spec, vocab = spec, spec["model"]["vocab"]
         added = {token["content"]: token["id"] for token in spec["added_tokens"]}
         # 1. The pieces that merges build. In GPT-NeoX the id of a piece is the rank of its merge
+        check_numbers(spec, vocab, added)
         byte_of = {letter: byte for byte, letter in byte_letters().items()}
         self.bytes = {}
         for piece, i in vocab.items():
             if piece not in added:
                 self.bytes[i] = bytes(byte_of[letter] for letter in piece)
-        check_numbers(spec, vocab, added)
         ranks = {piece: i for i, piece in self.bytes.items()}
         self.bpe = tiktoken.Encoding("nanoexit", pat_str=WORDS, mergeable_ranks=ranks,
                                      special_tokens={})

@@ -157,30 +157,22 @@ def fetch(url, path, size=None, sha256=None, tries=3):
             sha256 = announced.strip('W/"')
         size = size or headers["size"]
         known = len(sha256) in (40, 64)   # an etag may also be something that is no checksum
-        if part.stat().st_size != size or known and checksum(part, sha256) != sha256:
-            part.unlink()
-            raise InputError(f"{url}: the file that came has the wrong size or checksum "
-                             f"and was deleted; run again")
         try:
-            check_content(part, path.name, known)
+            if part.stat().st_size != size or known and checksum(part, sha256) != sha256:
+                raise InputError("it has the wrong size or checksum")
+            if path.suffix == ".json" and not known:
+                raise InputError("nobody announced its checksum")
+            CONTENT.get(path.name, open_weights)(part)
         except InputError as error:
             part.unlink()
-            raise InputError(f"{url}: what came was deleted, another server may have answered: "
-                             f"{error}") from None
+            raise InputError(f"{url}: what came was deleted, it may be another server's answer: "
+                             f"{error}; run again") from None
 
 
-def check_content(part, name, known):
-    """InputError unless the file `part` can be what is called `name`. known: it had a checksum."""
-    what = "run again, with a network that lets it through"
-    if not name.endswith(".json"):
-        return None if known else open_weights(part)
-    if not known:
-        raise InputError(f"no checksum was announced; {what}")
-    if name == "config.json":
-        return PythiaConfig.from_dict(read_json(part, what))
-    if name == "tokenizer.json":
-        return Tokenizer.load(part.parent, part.name)
-    return shard_names(part, what)
+# How a file is read that must be what its name says. All others are weights
+CONTENT = {"config.json": lambda part: PythiaConfig.from_dict(read_json(part, "is it a page?")),
+           "tokenizer.json": lambda part: Tokenizer.load(part.parent, part.name),
+           "model.safetensors.index.json": shard_names}
 
 
 def receive_all(url, part, size, sha256, tries):
