@@ -244,8 +244,11 @@ class Pythia(nn.Module):
         return model.eval()
 
     def embed(self, ids):
-        """Token ids (B, T) -> depth 0 of the residual stream (B, T, D), or InputError: no such id."""
-        V, few = self.config.vocab_size, int(ids.is_cuda)       # on a GPU, each token's look costs
+        """Token ids (B, T) -> depth 0 of the residual stream (B, T, D). Or InputError: no such id.
+
+        On a GPU a look takes time: there, a token alone, as the model chose it, passes.
+        """
+        V, few = self.config.vocab_size, int(ids.is_cuda)
         if ids.numel() > few and not 0 <= ids.min() <= ids.max() < V:
             raise InputError(f"ids {ids.min()} .. {ids.max()} are not all in 0 .. {V - 1}")
         return self.embed_in(ids)

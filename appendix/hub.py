@@ -188,7 +188,7 @@ def receive_all(url, part, size, sha256, tries):
         try:
             return receive(url, part, size)
         except InputError:
-            part.unlink()
+            part.unlink()                 # more than there should be: no beginning of the file
             raise
         except urllib.error.HTTPError as error:
             if error.code == 404:
@@ -218,6 +218,8 @@ def receive(url, part, size):
         rest = int(headers.get("content-length", 0))
         total = size or int(headers.get("x-linked-size", 0)) or have + rest
         most = LARGEST_JSON if part.stem.endswith(".json") else total
+        if rest and have + rest != total:
+            raise ConnectionError(f"{have + rest:,} bytes are offered, not {total:,}")
         came, begin = 0, time.perf_counter()
         with open(part, "ab" if have else "wb") as file:
             while chunk := response.read1(1 << 20):
@@ -225,7 +227,7 @@ def receive(url, part, size):
                 came += len(chunk)
                 seconds = time.perf_counter() - begin
                 if have > most:
-                    raise InputError(f"{url}: more came than {most:,} bytes, all of it was deleted")
+                    raise InputError(f"{url}: more came than the {most:,} bytes expected")
                 if seconds > PATIENCE and came < SLOWEST * seconds:
                     raise TimeoutError(f"only {came:,} bytes came in {seconds:.0f} s")
                 file.write(chunk)
