@@ -160,7 +160,8 @@ def test_heads_in_float32_on_a_bfloat16_model():
 
 
 def test_what_has_no_twin_stays_readable():
-    for changes in ({"use_parallel_residual": False}, {"rotary_pct": 0.4}, {"rotary_pct": 0.0}):
+    for changes in ({"use_parallel_residual": False}, {"rotary_pct": 0.4}, {"rotary_pct": 0.0},
+                    {"hidden_size": 24, "num_attention_heads": 2}):       # 3 rotated dimensions
         model = tiny(**changes)
         heads = shaken(model)
         decoder, twins = fast(model, heads)

@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 import heads as H
 from confidence import MEASURES
 from conftest import TOY, assert_refused, call, run, shaken, tiny
+from dssd import DSSD, generate
 from heads import KINDS, ExitHeads, distill_in_chunks, distill_loss, evaluate, fingerprint, hard, kl, self_text, topk_kl
 from model import InputError
+from test_model import mutated, used_or_refused
 
 
 def test_lens_start_is_the_models_own_exit():
@@ -190,6 +192,64 @@ def test_fingerprint_survives_dtypes_and_tells_backbones_apart():
     assert fingerprint(model) == fingerprint(model.half())
     assert fingerprint(tiny(1)) != fingerprint(tiny(0))
     assert fingerprint(tiny(num_hidden_layers=5)) != fingerprint(tiny(0))
+
+
+def test_the_fingerprint_is_of_values_and_of_every_tensor():
+    model = tiny(vocab_size=2000, hidden_size=64)                         # tensors of more than 256 values among them
+    name = fingerprint(model)
+    model.config.rotary_emb_base, model.config.use_parallel_residual = 10000.0, 1
+    assert fingerprint(model) == name
+    for _, p in model.named_parameters():
+        before = p.clone()
+        for part in (slice(None), slice(len(p) // 2, None)):              # fine-tuned, and in its second half only
+            p[part] += 0.1
+            assert fingerprint(model) != name
+            p.copy_(before)
+    assert fingerprint(model) == name
+    for field, value in (("rotary_emb_base", 10001), ("layer_norm_eps", 1e-6), ("use_parallel_residual", False)):
+        assert fingerprint(tiny(vocab_size=2000, hidden_size=64, **{field: value})) != name
+
+
+def said(model, **changes):
+    """The metadata of a heads file for tiny(), with something changed."""
+    rows = {"0.90": [0.5, None, 1.25], "0.95": [0, None, None]}
+    info = {"kind": "linear", "layers": [1, 2, 3], "measure": "margin", "calibration": rows, "backbone": fingerprint(model)}
+    return {**info, **changes}
+
+
+def write_heads(path, model, info):
+    tensors = {name: p.half() for name, p in shaken(model).named_parameters()}
+    save_file(tensors, path, metadata={"nanoexit": info if isinstance(info, str) else json.dumps(info)})
+
+
+@pytest.mark.parametrize("changes, named", [
+    ({"layers": ["1", "2", "3"]}, "increasing whole numbers"), ({"layers": [1.0, 2, 3]}, "whole numbers"),
+    ({"layers": "123"}, "no exit heads"), ({"calibration": None}, "no exit heads"), ({"measure": "nosuch"}, "measure is 'nosuch'"),
+    ({"calibration": {"0.90": ["a", None, 1]}}, "level '0.90': threshold 0 is 'a'"), ({"kind": ["linear"]}, "no exit heads"),
+    ({"calibration": {"0.90": [0.1, float("nan"), None]}}, "threshold 1 is nan"), ({"kind": "nosuch"}, "kind is 'nosuch'"),
+    ({"calibration": {"0.90": [0.1]}}, "'0.90' is no threshold per exit"), ({"calibration": {"0.90": None}}, "per exit"),
+    ({"backbone": None}, "no exit heads"), ({"backbone": "x" * 10 ** 6}, "another backbone")])
+def test_what_a_heads_file_says_of_itself_is_checked(tmp_path, changes, named):
+    model = tiny()
+    write_heads(tmp_path / "h", model, said(model, **changes))
+    with pytest.raises(InputError, match=named):
+        ExitHeads.load(tmp_path / "h", model)
+
+
+def test_damaged_metadata_is_used_or_refused_in_one_line(tmp_path):
+    model, rnd, used = tiny(), random.Random(0), 0
+    for _ in range(100):
+        write_heads(tmp_path / "h", model, mutated(said(model), rnd))
+        used += used_or_refused(lambda: generate(model, [1, 2], 4, DSSD(
+            heads := ExitHeads.load(tmp_path / "h", model), heads.thresholds(0.9))))
+    assert 5 < used < 60
+    for damage in ("[" * 10 ** 5, "{", "null", "7", '"x"', "[1]"):
+        write_heads(tmp_path / "h", model, damage)
+        assert not used_or_refused(lambda: ExitHeads.load(tmp_path / "h", model))
+
+
+def test_measures_are_those_of_the_next_chapter():
+    assert H.MEASURES == tuple(MEASURES)
 
 
 def test_heads_that_cannot_be_used(tmp_path):
