@@ -178,7 +178,7 @@ class BlockHead(ExitHead):
 
 KINDS = {"linear": ExitHead, "mlp": MLPHead, "tied": TiedHead, "lowrank": LowRankHead,
          "block": BlockHead}
-MEASURES = ("entropy", "max_probability", "margin", "logit_gap", "max_logit", "topk_entropy")
+MEASURE_NAMES = ("entropy", "max_probability", "margin", "logit_gap", "max_logit", "topk_entropy")
 
 
 # ---------------------------------------------------------------- the heads of one backbone
@@ -199,7 +199,7 @@ def check_info(info, path):
         raise InputError(f"{path} holds no exit heads (in its metadata 'nanoexit'); "
                          f"train heads with train.py")
     info = {"measure": "entropy", **info}                                 # older files mean entropy
-    check_form(info, {"kind": tuple(KINDS), "measure": MEASURES}, path)
+    check_form(info, {"kind": tuple(KINDS), "measure": MEASURE_NAMES}, path)
     for level, row in info["calibration"].items():
         if not isinstance(row, list) or len(row) != len(info["layers"]):
             raise InputError(f"{path}: calibration {level!r:.80} is no threshold per exit")

@@ -362,7 +362,8 @@ def supported_fields(fields):
     """The content of a config.json with the fields of PythiaConfig complete. Or InputError."""
     # Current transformers keeps RoPE in a dict of its own, which comes before the older names
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    rope = {"rope_type": rope.get("type"), **rope} if isinstance(rope, dict) else {"rope_type": [rope]}
+    rope = rope if isinstance(rope, dict) else {"rope_type": [rope]}
+    rope = {"rope_type": rope.get("type"), **rope}
     default = {name: x for name, x in asdict(PythiaConfig()).items() if name not in SIZES}
     config = {**default, **fields, "rope": rope}
     config["rotary_pct"] = rope.pop("partial_rotary_factor", config["rotary_pct"])

@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 
 from heads import BlockHead, ExitHead, ExitHeads, TiedHead
-from model import TOY, InputError, Pythia, command_line, locate
+from model import TOY, InputError, Pythia, check_room, command_line, locate
 
 MOST_ROWS = 17      # rows of one graphed pass: a token and up to 16 drafts; longer ones are prompts
 KEPT_STEPS = 32     # buffers are kept for passes of up to so many rows
@@ -283,9 +283,7 @@ class Fused:
 
     def check_room(self, n, cache):
         """InputError unless n positions fit into the cache and into the context."""
-        if n > cache.max_len or n > len(self.turn):
-            limit = min(cache.max_len, len(self.turn))
-            raise InputError(f"{n} tokens do not fit in a context of {limit}; shorten the prompt")
+        check_room(n, min(cache.max_len, len(self.turn)))
 
     def run_folded(self, x, blocks, cache, start, between=None):
         """Rows x (T, D) through folded blocks -> (T, D). The cache holds their keys and values from

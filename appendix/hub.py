@@ -215,7 +215,7 @@ def receive(url, part, size):
         headers = {**redirects.announced, **lower(response.headers)}
         if response.status != 206:        # not the rest, but all of it again
             have = 0
-        rest = int(headers.get("content-length", 0))
+        rest = int(response.headers.get("content-length", 0))
         total = size or int(headers.get("x-linked-size", 0)) or have + rest
         most = LARGEST_JSON if part.stem.endswith(".json") else total
         if rest and have + rest != total:

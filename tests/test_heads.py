@@ -249,7 +249,7 @@ def test_damaged_metadata_is_used_or_refused_in_one_line(tmp_path):
 
 
 def test_measures_are_those_of_the_next_chapter():
-    assert H.MEASURES == tuple(MEASURES)
+    assert H.MEASURE_NAMES == tuple(MEASURES)
 
 
 def test_heads_that_cannot_be_used(tmp_path):
