@@ -18,8 +18,8 @@ flatters every speculative method. So the share of distinct 4-grams is printed, 
 (temperature 0.8) stands beside the greedy one.
 
 LayerSkip is tuned by hand: an exit, a number of drafts. Its whole grid runs, and its best stands
-in the table. "DSSD auto" is the level that appendix/tune.py finds for this machine. Model and
-heads are the fast twins of appendix/fast.py.
+in the table. "DSSD auto" drafts where the expected gain exceeds the costs that appendix/tune.py
+measures on this machine. Model and heads are the fast twins of appendix/fast.py.
 
     python bench.py                                 the toy and its fast heads
     python bench.py --heads toy/heads.safetensors   the paper's heads
@@ -359,7 +359,7 @@ def compare(title, model, heads, tied, tuned, setting):
     numbers, texts, gigabytes_per_second = side_by_side(title, model, policies, setting)
     peaks = peak_memories(model, policies, setting)
     part = {"grid": grid, "policies": numbers, "peak_memory_gb": peaks, "best_layerskip": best,
-            "automatic": {"thresholds": tuned.thresholds, "max_draft": tuned.max_draft},
+            "costs": [vars(costs) for costs in tuned.costs],
             "distinct_4grams": distinct(texts["Plain"]),
             "gigabytes_per_second": gigabytes_per_second}
     # all points are of the grid's run, but for the levels, which only the other one has
@@ -436,21 +436,6 @@ def first_gaps(model, prompts, texts, others):
 # ---------------------------------------------------------------- command line
 
 
-def automatic_level(tune, decoder, twins, model, heads, narrow, prompts, setting):
-    """The policy "DSSD auto" for this machine; `tune` is the room appendix/tune.py.
-
-    What the heads say is recorded on `narrow`: (model, heads) of the same function, and fast.
-    """
-    n = min(96, setting.max_new_tokens)
-    recorded = tune.record(*narrow, prompts, n, setting.temperature,
-                           decoder=decoder if narrow[0] is model else None)
-    # a wide model is slow: it races on half the prompts, half as long
-    if model.config.hidden_size > 512:
-        prompts, n = prompts[::2], n // 2
-    return tune.automatic(model, heads, prompts, n, setting.temperature,
-                          decoder=decoder, twins=twins, recorded=recorded)
-
-
 def strict(value):
     """The same for JSON: None for NaN (undefined, as Plain's acceptance), "inf" for infinity."""
     if isinstance(value, dict):
@@ -511,31 +496,26 @@ def main():
     tokenizer = Tokenizer.load(folder)
     model = Pythia.from_pretrained(folder, args.device, getattr(torch, args.dtype))
     heads = ExitHeads.load(args.heads or folder / "heads-fast.safetensors", model)
-    narrow = model, heads
     if args.widen != 1 or args.vocab:
         model, heads = scale.widen(model, heads, args.widen, args.vocab)
     prompts = held_out_prompts(args.prompts, tokenizer=tokenizer)
-    learning = held_out_prompts(12, split="calibration", tokenizer=tokenizer)
     decoder, twins = fast.fast(model, heads)
     tied = ExitHeads(model, heads.layers, "tied").requires_grad_(False)
     if decoder is not model:
         tied = fast.FusedHeads(decoder, tied)
 
-    def tuned_for(decoder, twins, setting):
-        return automatic_level(tune, decoder, twins, model, heads, narrow, learning, setting)
-
     record, points = report_physics(decoder, args.dtype), {}
     greedy = Setting(prompts, args.max_new_tokens, 0.0, args.repeats, args.seed)
-    tuned = tuned_for(decoder, twins, greedy)
+    tuned = tune.automatic(decoder, twins)
     part, texts, points["greedy"] = compare("greedy", decoder, twins, tied, tuned, greedy)
     gaps = first_gaps(model, prompts, texts["Plain"], texts["DSSD auto"])
     record["greedy"] = {**part, "first_gaps": gaps}
     title, sampled = "sampled at 0.8", replace(greedy, temperature=0.8)
-    tuned_sampled = tuned_for(decoder, twins, sampled)
+    tuned_sampled = tune.automatic(decoder, twins, 0.8)
     record[title], _, points[title] = compare(title, decoder, twins, None, tuned_sampled, sampled)
     if args.device == "cuda":
         pair = fast.fast(model, heads, graphs=True)
-        record["graphs"] = with_graphs(pair[0], tuned_for(*pair, greedy), greedy)
+        record["graphs"] = with_graphs(pair[0], tune.automatic(*pair), greedy)
     if args.peer:
         record["peer"] = scale.beside_peers(model, decoder, tuned, prompts[:8],
                                             args.max_new_tokens, args.repeats)

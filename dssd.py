@@ -49,6 +49,7 @@ from confidence import MEASURES, is_certain
 from model import TOY, InputError, Pythia, Tokenizer, command_line, locate
 
 MEMORY, GUESS = 0.98, 0.25        # a Record keeps this share at every answer; weight of its guess
+CAUTION = 1.2                     # gains are estimates, and the best of several flatter: ByGain
 
 # ---------------------------------------------------------------- policies
 
@@ -343,7 +344,7 @@ def propose(frontier, rule, drafted, choice):
 
 
 def verify(full, drafts, choice):
-    """The accept rule: full model's answers (n + 1, ..) at n drafts -> (kept drafts, next token)."""
+    """The accept rule: the full model's answers (n + 1, ..) at n drafts -> (kept, next token)."""
     # greedy: keep x_i while x_i = argmax z_L
     if choice.temperature == 0:
         full, kept = full.tolist(), 0
@@ -491,7 +492,7 @@ class ByGain:
             self.refusal[s], mean = value, 0.0
             for share, p in self.records[s].bins():
                 mean += share * max(self.gain(s, p), value)
-            values.insert(0, mean - self.costs.question[s])
+            values.insert(0, mean - CAUTION * self.costs.question[s])
             if values[0] > value:
                 value = values[0]
                 exits.insert(0, s)
@@ -504,7 +505,7 @@ class ByGain:
         return exits
 
     def gain(self, s, p):
-        return self.kept * p * self.token_ms - self.costs.further[s]
+        return self.kept * p * self.token_ms - CAUTION * self.costs.further[s]
 
     def drafts(self, s, z, answer):
         record = self.records[s]

@@ -36,7 +36,7 @@ import torch
 
 from appendix import figures
 from appendix.fast import fast
-from bench import (Setting, automatic_level, bandwidth, cost_of, finish, hardware, middle_of,
+from bench import (bandwidth, cost_of, finish, hardware, middle_of,
                    run_in_turn)
 from dssd import DSSD, EarlyExit, Plain, always
 from heads import ExitHeads, held_out_prompts, measuring_windows
@@ -216,10 +216,10 @@ def pace(decoder, policy, prompts, max_new_tokens, repeats, bytes_per_second):
     return Pace(plain.tokens_per_second, dssd.tokens_per_second, roofline)
 
 
-def by_context(model, heads, setting, tokenizer, lengths, new_tokens, repeats, bytes_per_second):
+def by_context(model, heads, make, tokenizer, lengths, new_tokens, repeats, bytes_per_second):
     """Rows (tokens in the prompt, *Pace) on two texts."""
     decoder, twins = fast(model, heads)
-    policy = DSSD(twins, setting.thresholds, setting.max_draft)
+    policy = make(decoder, twins)
     context = model.config.max_position_embeddings
     texts = measuring_windows("test", 2 * context, context, tokenizer).tolist()
     rows = []
@@ -230,13 +230,13 @@ def by_context(model, heads, setting, tokenizer, lengths, new_tokens, repeats, b
     return rows
 
 
-def by_width(model, heads, setting, prompts, widths, new_tokens, repeats, bytes_per_second):
+def by_width(model, heads, make, prompts, widths, new_tokens, repeats, bytes_per_second):
     """Rows (hidden size, *Pace) of the model widened."""
     rows = []
     for r in widths:
         wide, wide_heads = widen(model, heads, r)
         decoder, twins = fast(wide, wide_heads)
-        policy = DSSD(twins, setting.thresholds, setting.max_draft)
+        policy = make(decoder, twins)
         speeds = pace(decoder, policy, prompts, new_tokens, repeats, bytes_per_second)
         rows.append((wide.config.hidden_size, *speeds))
     return rows
@@ -259,18 +259,18 @@ def by_depth(model, prompts, new_tokens, repeats):
     return rows
 
 
-def growth(model, heads, setting, tokenizer, bytes_per_second, widths=WIDTHS, contexts=CONTEXTS,
+def growth(model, heads, make, tokenizer, bytes_per_second, widths=WIDTHS, contexts=CONTEXTS,
            new_tokens=64, repeats=3):
     """Print and return tokens/s: {"context": rows, "depth": rows, "width": rows}.
 
-    setting: a DSSD policy, tuned for the model as it is and for short prompts. All rows keep it.
+    make: gives the DSSD policy for a decoder and its heads.
     """
     prompts = held_out_prompts(2, tokenizer=tokenizer)
     record = {
-        "context": by_context(model, heads, setting, tokenizer, contexts, new_tokens, repeats,
+        "context": by_context(model, heads, make, tokenizer, contexts, new_tokens, repeats,
                               bytes_per_second),
         "depth": by_depth(model, prompts, new_tokens, repeats),
-        "width": by_width(model, heads, setting, prompts, widths, min(24, new_tokens), repeats,
+        "width": by_width(model, heads, make, prompts, widths, min(24, new_tokens), repeats,
                           bytes_per_second),
     }
     for name, unit in (("context", "tokens in the prompt"), ("width", "hidden size")):
@@ -334,39 +334,37 @@ def check(args):
         raise InputError(f"--json: there is no folder {folder}; make it first")
 
 
-def dssd_policy(args, decoder, twins, wide, narrow, tokenizer):
-    """DSSD at --level, or the automatic level of appendix/tune.py for this machine.
-
-    wide, narrow: (model, heads) of the same function. decoder, twins: the fast ones of `wide`.
-    """
-    if args.level == "auto":
+def dssd_maker(level):
+    """What makes the DSSD policy of a decoder and its heads: at a level, or by costs (auto)."""
+    if level == "auto":
         from appendix import tune
-        prompts = held_out_prompts(12, split="calibration", tokenizer=tokenizer)
-        setting = Setting(prompts, args.max_new_tokens, 0.0, args.repeats, 0)
-        return automatic_level(tune, decoder, twins, *wide, narrow, prompts, setting)
+        return tune.automatic
     try:
-        level = float(args.level)
+        level = float(level)
     except ValueError:
-        raise InputError(f"--level {args.level!r} must be a number such as 0.9, or auto") from None
-    return DSSD(twins, twins.thresholds(level))
+        raise InputError(f"--level {level!r} must be a number such as 0.9, or auto") from None
+
+    def at_level(decoder, twins):
+        return DSSD(twins, twins.thresholds(level))
+    return at_level
 
 
 def main():
     args = arguments()
+    make = dssd_maker(args.level)
     folder = locate(args.model)
     model = Pythia.from_pretrained(folder, args.device, getattr(torch, args.dtype))
     heads = ExitHeads.load(args.heads or folder / "heads-fast.safetensors", model)
-    tokenizer, narrow = Tokenizer.load(folder), (model, heads)
+    tokenizer = Tokenizer.load(folder)
     if args.widen != 1 or args.vocab:
         model, heads = widen(model, heads, args.widen, args.vocab)
     decoder, twins = fast(model, heads)
     device, c = model.embed_in.weight.device, model.config
     print(f"{hardware(device)}; {args.dtype}, L = {c.num_hidden_layers}, D = {c.hidden_size:,}, "
           f"V = {c.vocab_size:,}")
-    policy = dssd_policy(args, decoder, twins, (model, heads), narrow, tokenizer)
     if args.growth:
         speed = bandwidth(device)
-        record = growth(model, heads, policy, tokenizer, speed, args.widths,
+        record = growth(model, heads, make, tokenizer, speed, args.widths,
                         new_tokens=args.max_new_tokens, repeats=args.repeats)
         record["gigabytes_per_second"] = speed / 1e9
         if args.figure:
@@ -374,7 +372,7 @@ def main():
             print(f"wrote {args.figure}")
     else:
         prompts = held_out_prompts(args.prompts, tokenizer=tokenizer)
-        record = beside_peers(model, decoder, policy, prompts, args.max_new_tokens, args.repeats,
+        record = beside_peers(model, decoder, make(decoder, twins), prompts, args.max_new_tokens, args.repeats,
                              args.peer)
     finish(record, args)
 

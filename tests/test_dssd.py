@@ -9,7 +9,7 @@ import torch
 
 import dssd as D
 from conftest import assert_refused, call, run, shaken, tiny
-from dssd import DSSD, EarlyExit, LayerSkip, Plain, by_definition, generate, summarize
+from dssd import DSSD, AutoDSSD, ByGain, Costs, EarlyExit, LayerSkip, Plain, by_definition, generate, summarize
 from heads import KINDS, ExitHeads
 from model import InputError, sample
 
@@ -224,6 +224,71 @@ def test_a_summary_adds_generations_up():
     assert math.isnan(summarize(Plain(), runs[:0]).tau) and math.isnan(summarize(Plain(), runs[:0]).acceptance)
 
 
+# ---------------------------------------------------------------- drafts where they pay
+
+
+def priced(plain, question, further, exits=3):
+    """Two Costs, in ms, the same for all positions."""
+    return [Costs(n, plain, [question] * exits, [further] * exits) for n in (0, 1000)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drafts_that_follow_the_gain_are_lossless_and_nothing_is_computed_twice(kind):
+    rnd, drafted = random.Random(5), 0
+    for trial in range(6):
+        model = tiny(trial, vocab_size=24)
+        heads = shaken(model, kind=kind)
+        heads.calibration = {"0.90": [1.0, 1.5, None], "0.50": [2.0, 1.5, 2.5]}
+        ids = [rnd.randrange(24) for _ in range(rnd.choice((1, 5, 30, 63)))]
+        policy = AutoDSSD(heads, priced(4.0, 0.1, rnd.uniform(0, 0.5)), rnd.randint(1, 9))
+        with Counted(model) as counted:
+            out = generate(model, ids, 40, policy)
+        by_log = Counter()
+        for first, end, start, last in out.log.passes:
+            by_log.update((p, b) for p in range(first, end) for b in range(start, last))
+        assert counted.times == by_log
+        assert out.tokens == generate(model, ids, 40, Plain()).tokens
+        drafted += summarize(policy, [out]).drafted
+    assert drafted > 10
+
+
+def test_what_cannot_pay_is_probed_ever_more_rarely():
+    model = tiny(max_position_embeddings=256)
+    policy = AutoDSSD(shaken(model), priced(1.0, 0.1, 2.0))
+    log = generate(model, [1, 2, 3], 200, policy).log
+    # one question at a time, at tokens 0, 2, 5, 10, 19, 36, 69, 134: rests of 1, 2, 4, .. tokens
+    asked = [end - 4 for _, first, end in log.asked if first >= 3]
+    assert asked == [0, 2, 5, 10, 19, 36, 69, 134]
+    assert all(drafts == 0 for drafts, _ in log.rounds)
+
+
+def test_what_always_holds_is_drafted_to_the_cap():
+    model = silence(tiny(max_position_embeddings=128), (2, 3))
+    policy = AutoDSSD(ExitHeads(model, [2], "tied"), priced(4.0, 0.1, 0.5, 1), 8)
+    s = summarize(policy, [generate(model, [1, 2, 3] * 20, 50, policy)])
+    assert s.acceptance == 1 and max(s.draft_lengths) == 8 and s.tau > 6
+
+
+def test_the_rule_by_hand():
+    model = tiny()
+    heads = shaken(model, [1, 3])
+    heads.calibration = {"0.90": [1.0, 1.0]}
+    rule = ByGain(AutoDSSD(heads, priced(10.0, 0.5, 2.0, 2)), 100, D.Choice(0.0, 1.0, None))
+    for record, chances in zip(rule.records, ((0.9, 0.1), (0.8, 0.7))):
+        record.seen, record.right = [1.0, 1.0], list(chances)
+    # exit 3: mean of 0.8 x 10 and 0.7 x 10, less the costs. Exit 1 drafts only if that is more
+    c = D.CAUTION
+    deeper = (8 + 7) / 2 - c * (2.0 + 0.5)
+    assert rule.exits_to_ask(0) == ([0, 1] if (9 - c * 2 + deeper) / 2 - c * 0.5 > deeper else [1])
+    assert rule.refusal == pytest.approx([deeper, 0.0])
+    # with little hope for the drafts before it, a further one does not pay
+    rule.kept = 0.25
+    assert rule.exits_to_ask(1) == []
+    record = rule.records[0]
+    record.learn(1, 1.0)
+    assert record.bins()[1][1] == pytest.approx((D.MEMORY * 0.1 + 1) / (D.MEMORY + 1))
+
+
 # ---------------------------------------------------------------- early exit
 
 
@@ -313,6 +378,14 @@ def keep_by_the_root(p, q, x, generator):
     if torch.rand((), generator=generator) < p[x].sqrt():
         return True, x
     return False, D.draw(p, generator)
+
+
+def test_learning_while_sampling_keeps_the_distribution():
+    model, heads = small("block")
+    heads.calibration = {"0.80": [0.8, 1.0]}
+    policy = AutoDSSD(heads, priced(3.0, 0.02, 0.1, 2), 3)
+    assert sum(d for d, _ in generate(model, [1, 2], 4, policy, temperature=1.0).log.rounds)
+    assert abs(chi_square(model, policy, 1.0, 1.0)) < 4
 
 
 @pytest.mark.parametrize("wrong, draws", [

@@ -85,8 +85,10 @@ def test_the_peer_has_the_same_weights(capsys):
 
 
 def test_growth_and_its_figure(toy, fast_heads, toy_tokenizer, tmp_path, capsys):
-    setting = DSSD(fast_heads, [1.0] * len(fast_heads.layers))
-    record = S.growth(toy, fast_heads, setting, toy_tokenizer, 1e9, widths=(1, 2),
+    def make(decoder, twins):
+        return DSSD(twins, [1.0] * len(twins.layers))
+
+    record = S.growth(toy, fast_heads, make, toy_tokenizer, 1e9, widths=(1, 2),
                       contexts=(128, 256, 2045), new_tokens=4, repeats=1)
     assert [row[0] for row in record["width"]] == [128, 256]
     assert [row[0] for row in record["context"]] == [128, 256]  # 2045 + 4 do not fit in 2048
