@@ -372,8 +372,9 @@ def main():
             print(f"wrote {args.figure}")
     else:
         prompts = held_out_prompts(args.prompts, tokenizer=tokenizer)
-        record = beside_peers(model, decoder, make(decoder, twins), prompts, args.max_new_tokens, args.repeats,
-                             args.peer)
+        policy = make(decoder, twins)
+        record = beside_peers(model, decoder, policy, prompts, args.max_new_tokens, args.repeats,
+                              args.peer)
     finish(record, args)
 
 

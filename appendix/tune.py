@@ -12,19 +12,24 @@ token, repeated. Attention reads every cached position. Costs are therefore meas
 positions cached and with many, and dssd.py takes the line between.
 
     python -m appendix.tune             the costs, and what acceptance a first draft then needs
+    python -m appendix.tune --hard      then DSSD auto beside Plain on texts that are hard to draft
 Expect a question to cost a third of a plain step on the toy, and a draft to need p = 0.4 to 0.6.
 """
 import argparse
 import time
+from pydoc_data.topics import topics
 from statistics import median
 
 import torch
 
 from confidence import MEASURES
-from dssd import AutoDSSD, Choice, Costs, LayerSkip, Plain, generate
-from heads import ExitHeads
-from model import TOY, InputError, Pythia, command_line, locate
+from dssd import AutoDSSD, Choice, Costs, LayerSkip, Plain, generate, summarize
+from heads import ExitHeads, measuring_text
+from model import TOY, InputError, Pythia, Tokenizer, command_line, locate
 
+HARD = (("code", 64, 0.0), ("English", 64, 0.0), ("random", 64, 0.0), ("code", 64, 0.8),
+        ("English", 64, 0.8), ("English", 64, 1.2), ("random", 64, 1.0), ("code", 1024, 0.0),
+        ("English", 1024, 0.0), ("code", 1900, 0.0))      # text, tokens of the prompt, temperature
 DRAFTS = 2                                                # of a round, where drafts are timed
 
 
@@ -92,6 +97,50 @@ def show(costs, heads):
               f"a draft pays from p = {needed:.2f} on")
 
 
+def hard_texts(tokenizer):
+    """{name: ids} to cut prompts from: code, English (Python's help topics), random tokens."""
+    english = tokenizer.encode("\n".join(topics.values()))
+    noise = torch.randint(tokenizer.vocab_size, (30000,), generator=torch.Generator().manual_seed(0))
+    return {"code": measuring_text("test", tokenizer).tolist(), "English": english,
+            "random": noise.tolist()}
+
+
+def hard(decoder, twins, tokenizer, prompts, repeats, new=96):
+    """Print a line for each of HARD: DSSD auto beside Plain, in turn on every prompt."""
+    texts, context = hard_texts(tokenizer), decoder.config.max_position_embeddings
+    policies = {bool(t): automatic(decoder, twins, t) for t in (0.0, 0.8)}
+    print(f"{prompts} prompts x {new} tokens, the fastest of {repeats} repeats each\n"
+          f"{'text':<8}{'prompt':>8}{'temperature':>13}{'Plain ms':>10}{'x Plain':>9}"
+          f"{'acceptance':>12}{'tokens/round':>14}  tokens by depth")
+    for name, length, temperature in HARD:
+        length = min(length, context - new)
+        step = (len(texts[name]) - length) // prompts
+        cut = [texts[name][i * step:i * step + length] for i in range(prompts)]
+        pair = Plain(), policies[bool(temperature)]
+        plain_ms, auto_ms, done = in_turn(decoder, pair, cut, new, temperature, repeats)
+        s = summarize(pair[1], done)
+        depths = ", ".join(f"{depth}: {n}" for depth, n in sorted(s.exits.items()))
+        print(f"{name:<8}{length:>8}{temperature:>13}{plain_ms:>10.2f}{plain_ms / auto_ms:>9.2f}"
+              f"{s.acceptance:>12.2f}{s.tau:>14.2f}  {depths}".replace("nan", "  -"), flush=True)
+
+
+def in_turn(decoder, pair, prompts, new, temperature, repeats):
+    """Milliseconds per token of two policies, and what the second wrote.
+
+    Of every prompt's repeats the fastest counts: a machine that is shared is slow at times.
+    """
+    spent, done = [0.0, 0.0], []
+    for seed, ids in enumerate(prompts):
+        fastest = [float("inf")] * 2
+        for _ in range(repeats):
+            for i, policy in enumerate(pair):
+                out = generate(decoder, ids, new, policy, temperature=temperature, seed=seed)
+                fastest[i] = min(fastest[i], 1000 * out.decode_seconds / (len(out.tokens) - 1))
+        spent = [a + b / len(prompts) for a, b in zip(spent, fastest)]
+        done.append(out)
+    return *spent, done
+
+
 def main():
     from appendix.fast import fast
     parser = argparse.ArgumentParser(description="What drafting costs on this machine.")
@@ -99,10 +148,12 @@ def main():
     parser.add_argument("--heads", help="heads file (default: heads-fast.safetensors of the model)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--repeats", type=int, default=10, help="runs, of which the median counts")
+    parser.add_argument("--hard", action="store_true", help="DSSD auto beside Plain, on ten cases")
+    parser.add_argument("--prompts", type=int, default=4, help="of each case of --hard")
     parser.add_argument("--readable", action="store_true", help="without the fast twin")
     args = parser.parse_args()
-    if args.repeats < 1:
-        raise InputError("--repeats must be at least 1")
+    if min(args.repeats, args.prompts) < 1:
+        raise InputError("--repeats and --prompts must be at least 1")
     folder = locate(args.model)
     model = Pythia.from_pretrained(folder)
     heads = ExitHeads.load(args.heads or folder / "heads-fast.safetensors", model)
@@ -110,6 +161,8 @@ def main():
     print(f"{torch.get_num_threads()} threads")
     for costs in measure_costs(decoder, twins, args.temperature, repeats=args.repeats):
         show(costs, twins)
+    if args.hard:
+        hard(decoder, twins, Tokenizer.load(folder), args.prompts, args.repeats)
 
 
 if __name__ == "__main__":

@@ -252,6 +252,7 @@ def check_part(part, greedy):
     assert list(part["peak_memory_gb"]) == ["so far", *policies]
 
 
+@pytest.mark.slow
 def test_command_line(small, tmp_path):
     options = {"--prompts": 1, "--max-new-tokens": 4, "--repeats": 1, "--widen": 2,
                "--json": tmp_path / "b.json", "--figure": tmp_path / "b.png"}

@@ -254,6 +254,7 @@ def table_rows(out):
     return [line for line in lines if line[0][0].isdigit()]
 
 
+@pytest.mark.slow
 def test_command_line_on_a_small_data_set(tmp_path):
     """A CIFAR-like folder from end to end: one table row per budget, the figure, no other file."""
     names = ["test_batch.bin"] + [f"data_batch_{i}.bin" for i in range(1, 6)]
