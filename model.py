@@ -706,8 +706,17 @@ def written_whole(path):
 
 def command_line(main):
     """Run a chapter's main(). Bad input ends in one line and exit status 2, not in a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):
+        # a letter that the console lacks becomes ?
+        sys.stdout.reconfigure(errors="replace")
     try:
-        main()
+        try:
+            main()
+        finally:
+            print(end="", flush=True)         # so that a closed pipe shows here, not at the exit
+    except BrokenPipeError:                   # the reader has left, as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)                         # as a shell says it
     except (ValueError, OSError) as error:    # InputError, or a file that cannot be written
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
