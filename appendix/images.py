@@ -14,6 +14,7 @@ Letters: n images, M heads (the last is the full network's), C classes, S image 
 """
 import argparse
 import hashlib
+import io
 import tarfile
 import time
 import urllib.request
@@ -24,6 +25,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageOps           # Pillow comes with matplotlib
+from torch.optim.lr_scheduler import OneCycleLR
 
 from model import InputError, command_line, written_whole
 
@@ -39,7 +42,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = None
+        self.downsample = nn.Identity()
         if stride > 1 or before != width:
             shortcut = nn.Conv2d(before, width, 1, stride, bias=False)
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(width))
@@ -47,9 +50,7 @@ class BasicBlock(nn.Module):
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        if self.downsample is not None:
-            x = self.downsample(x)
-        return F.relu(y + x)
+        return F.relu(y + self.downsample(x))
 
 
 class MultiExit(nn.Module):
@@ -57,6 +58,12 @@ class MultiExit(nn.Module):
 
     So a torchvision state dict loads with load_state_dict(state, strict=False).
     """
+
+    def heads(self, x):
+        """Yield the logits of each exit as soon as it is reached."""
+        for stage, head in zip(self.stages(), self.output_heads()):
+            x = stage(x)
+            yield head(x.mean((2, 3)))
 
     def forward(self, x):
         """Images (n, 3, S, S) -> list of M logits (n, C), the cheapest head first."""
@@ -69,10 +76,8 @@ class ResNet18(MultiExit):
     def __init__(self, classes=10, width=64, small=True):
         super().__init__()
         widths, before = [width, 2 * width, 4 * width, 8 * width], width
-        if small:
-            self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
-        else:
-            self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        side, stride = (3, 1) if small else (7, 2)
+        self.conv1 = nn.Conv2d(3, width, side, stride, side // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
         for i, w in enumerate(widths, 1):
@@ -82,16 +87,12 @@ class ResNet18(MultiExit):
         self.fc = nn.Linear(before, classes)
         self.exits = nn.ModuleList(nn.Linear(w, classes) for w in widths[:-1])
 
+    def stages(self):
+        stem = nn.Sequential(self.conv1, self.bn1, nn.ReLU(), self.maxpool)
+        return [nn.Sequential(stem, self.layer1), self.layer2, self.layer3, self.layer4]
+
     def output_heads(self):
         return [*self.exits, self.fc]
-
-    def heads(self, x):
-        """Yield the logits of each exit as soon as it is reached."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))      # (n, width, S, S)
-        stages = [self.layer1, self.layer2, self.layer3, self.layer4]
-        for stage, head in zip(stages, self.output_heads()):
-            x = stage(x)
-            yield head(x.mean((2, 3)))
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -101,15 +102,6 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class Permute(nn.Module):
-    def __init__(self, *order):
-        super().__init__()
-        self.order = order
-
-    def forward(self, x):
-        return x.permute(self.order)
-
-
 class CNBlock(nn.Module):
     """ConvNeXt's unit: 7x7 depthwise convolution, LayerNorm, wide MLP, learnt scale, shortcut."""
 
@@ -117,16 +109,17 @@ class CNBlock(nn.Module):
         super().__init__()
         self.block = nn.Sequential(
             nn.Conv2d(width, width, 7, padding=3, groups=width),
-            Permute(0, 2, 3, 1),
+            nn.Identity(),                                     # torchvision permutes here
             nn.LayerNorm(width, eps=1e-6),
             nn.Linear(width, 4 * width),
             nn.GELU(),
-            nn.Linear(4 * width, width),
-            Permute(0, 3, 1, 2))
+            nn.Linear(4 * width, width))
         self.layer_scale = nn.Parameter(torch.full((width, 1, 1), 1e-6))
 
     def forward(self, x):
-        return x + self.layer_scale * self.block(x)
+        y = self.block[0](x).permute(0, 2, 3, 1)               # (n, S, S, width)
+        y = self.block[1:](y).permute(0, 3, 1, 2)              # (n, width, S, S)
+        return x + self.layer_scale * y
 
 
 class ConvNeXt(MultiExit):
@@ -148,7 +141,7 @@ class ConvNeXt(MultiExit):
         self.features = nn.Sequential(*features)
         heads = []
         for w in widths:
-            norm = LayerNorm2d(w, eps=1e-6)
+            norm = nn.LayerNorm(w, eps=1e-6)
             heads.append(nn.Sequential(norm, nn.Flatten(1), nn.Linear(w, classes)))
         self.exits, self.classifier = nn.ModuleList(heads[:-1]), heads[-1]
         for m in self.modules():
@@ -156,15 +149,12 @@ class ConvNeXt(MultiExit):
                 nn.init.trunc_normal_(m.weight, std=0.02)
                 nn.init.zeros_(m.bias)
 
+    def stages(self):
+        """The stem, or a halving of the side, and the blocks behind it."""
+        return [self.features[i:i + 2] for i in (0, 2, 4, 6)]
+
     def output_heads(self):
         return [*self.exits, self.classifier]
-
-    def heads(self, x):
-        """Yield the logits of each exit as soon as it is reached."""
-        for i, head in enumerate(self.output_heads()):
-            x = self.features[2 * i](x)                        # the stem, or a halving of the side
-            x = self.features[2 * i + 1](x)                    # the stage
-            yield head(x.mean((2, 3), keepdim=True))
 
 
 NETWORKS = {"resnet18": ResNet18, "convnext": ConvNeXt}
@@ -227,9 +217,18 @@ def optimizer_of(net, lr, steps):
         optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.05)
     else:
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.2,
-                                                   cycle_momentum=False)
-    return optimizer, schedule
+    return optimizer, OneCycleLR(optimizer, lr, steps, pct_start=0.2, cycle_momentum=False)
+
+
+def paced(total, size=1):
+    """Count 0, 1, ... below total, steps of `size` images: (i, its pace every 10 s, else "")."""
+    begin = shown = time.perf_counter()
+    for i in range(total):
+        now, pace = time.perf_counter(), ""
+        if now - shown > 10:
+            shown, rate = now, i * size / (now - begin)
+            pace = f"{rate:,.0f} images/s  {(total - i) * size / rate:.0f} s left"
+        yield i, pace
 
 
 def train(net, x, y, epochs, batch=128, lr=0.1, seed=0, device="cpu", mirror=True):
@@ -241,12 +240,10 @@ def train(net, x, y, epochs, batch=128, lr=0.1, seed=0, device="cpu", mirror=Tru
     per_epoch = len(y) // batch
     steps = epochs * per_epoch
     if not steps:
-        raise InputError(f"{len(y)} training images are fewer than one batch of {batch}, "
-                         "or epochs is 0")
+        raise InputError(f"{len(y)} images are fewer than one batch of {batch}, or epochs is 0")
     optimizer, schedule = optimizer_of(net, lr, steps)
     net.train()
-    begin = shown = time.perf_counter()
-    for step in range(steps):
+    for step, pace in paced(steps, batch):
         # the next images in this epoch's order
         if step % per_epoch == 0:
             order = torch.randperm(len(y), generator=generator)
@@ -258,13 +255,9 @@ def train(net, x, y, epochs, batch=128, lr=0.1, seed=0, device="cpu", mirror=Tru
         loss.backward()
         optimizer.step()
         schedule.step()
-        # progress
-        now = time.perf_counter()
-        if now - shown > 10:
-            shown, rate = now, (step + 1) * batch / (now - begin)
-            print(f"  epoch {1 + step // per_epoch}/{epochs}  loss {loss.item():.3f} nats  "
-                  f"{rate:,.0f} images/s  {(steps - step - 1) * batch / rate:.0f} s left",
-                  flush=True)
+        if pace:
+            epoch = 1 + step // per_epoch
+            print(f"  epoch {epoch}/{epochs}  loss {loss.item():.3f} nats  {pace}", flush=True)
 
 
 @torch.no_grad()
@@ -345,115 +338,124 @@ CIFAR = {"cifar-10": ("cifar-10-batches-bin", "c32a1d4ab5d03f1284b67883e8d87530"
 
 def download_cifar(name, folder):
     """Fetch the official archive of a key of CIFAR, check its hash, unpack its .bin files."""
-    inner, md5 = CIFAR[name]
-    archive = Path(folder) / f"{name}-binary.tar.gz"
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.md5()
-    url = f"https://www.cs.toronto.edu/~kriz/{archive.name}"
-    with urllib.request.urlopen(url, timeout=60) as answer, written_whole(archive) as temporary:
-        with open(temporary, "wb") as out:
-            while chunk := answer.read(1 << 20):
-                digest.update(chunk)
-                out.write(chunk)
-        if digest.hexdigest() != md5:
-            Path(temporary).unlink()
-            raise InputError(f"{archive.name}: the hash is {digest.hexdigest()}, not {md5}; "
-                             "try again")
-    (Path(folder) / inner).mkdir(exist_ok=True)
-    with tarfile.open(archive) as tar:
+    folder, (inner, md5) = Path(folder), CIFAR[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    url = f"https://www.cs.toronto.edu/~kriz/{name}-binary.tar.gz"
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        content = answer.read(1 << 28)                         # the archives have 170 MB
+    digest = hashlib.md5(content).hexdigest()
+    if digest != md5:
+        raise InputError(f"{url}: the hash is {digest}, not {md5}; try again")
+    (folder / inner).mkdir(exist_ok=True)
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         for member in tar:
             if member.isfile() and member.name.endswith(".bin"):
-                place = Path(folder) / inner / Path(member.name).name   # nothing lands elsewhere
+                place = folder / inner / Path(member.name).name   # nothing lands elsewhere
                 with written_whole(place) as temporary:
-                    Path(temporary).write_bytes(tar.extractfile(member).read())
+                    temporary.write_bytes(tar.extractfile(member).read())
 
 
-def cifar_folder(folder):
-    """`folder` or its usual subfolder, whichever holds CIFAR's binaries; else InputError."""
-    for place in (Path(folder), *(Path(folder) / inner for inner, _ in CIFAR.values())):
-        if (place / "test_batch.bin").exists() or (place / "test.bin").exists():
-            return place
-    raise InputError(f"{folder} has no CIFAR binaries (test_batch.bin, test.bin) and no train/ and "
-                     "val/; --download cifar-10 fetches CIFAR-10")
+def read_records(path, first, classes):
+    """A CIFAR file: (images uint8 (n, 3, 32, 32), labels (n,)).
+
+    `first` bytes precede the pixels of an image; the last of them is its label.
+    """
+    raw, size = np.fromfile(path, np.uint8), first + 3072
+    if not len(raw) or len(raw) % size:
+        raise InputError(f"{path}: {len(raw):,} bytes are no multiple of {size}; download it again")
+    records = raw.reshape(-1, size)
+    labels = records[:, first - 1].astype(np.int64)
+    if labels.max() >= classes:
+        raise InputError(f"{path}: {labels.max()} is no label of CIFAR-{classes}; download it again")
+    pixels = records[:, first:].reshape(-1, 3, 32, 32).copy()
+    return torch.from_numpy(pixels), torch.from_numpy(labels)
 
 
 def read_cifar(folder):
-    """CIFAR-10 or -100 in the official binary layout.
+    """CIFAR-10 or -100 in the official binary layout, in `folder` or in its usual subfolder.
 
     Returns (train images uint8 (n, 3, 32, 32), their labels (n,), test images, labels, classes).
     """
-    folder = cifar_folder(folder)
-    if (folder / "test_batch.bin").exists():
-        train_files, test_file = [f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin"
-        first, classes = 1, 10                                 # bytes before the pixels: the label
-    else:
-        train_files, test_file = ["train.bin"], "test.bin"
-        first, classes = 2, 100                                # coarse label, then fine label
-    parts = []
-    for names in (train_files, [test_file]):
-        raw = np.concatenate([np.fromfile(folder / name, np.uint8) for name in names])
-        if len(raw) % (first + 3072):
-            raise InputError(f"{folder / names[0]} is no CIFAR file: its size is no multiple of "
-                             f"{first + 3072} bytes")
-        records = raw.reshape(-1, first + 3072)
-        pixels = records[:, first:].reshape(-1, 3, 32, 32).copy()
-        labels = records[:, first - 1].astype(np.int64)
-        parts += [torch.from_numpy(pixels), torch.from_numpy(labels)]
-    return *parts, classes
+    places = [Path(folder), *(Path(folder) / inner for inner, _ in CIFAR.values())]
+    tests = [place / name for place in places for name in ("test_batch.bin", "test.bin")]
+    test = next((path for path in tests if path.exists()), None)
+    if test is None:
+        raise InputError(f"{folder} has no CIFAR binaries (test_batch.bin, test.bin) and no train/ "
+                         "and val/; --download cifar-10 fetches CIFAR-10")
+    train, first, classes = ["train.bin"], 2, 100              # coarse label, then fine label
+    if test.name == "test_batch.bin":
+        train, first, classes = [f"data_batch_{i}.bin" for i in range(1, 6)], 1, 10
+    parts = [read_records(test.parent / name, first, classes) for name in train]
+    x, y = map(torch.cat, zip(*parts))
+    return x, y, *read_records(test, first, classes), classes
 
 
 # ---------------------------------------------------------------- data: folders of images
+
+
+def open_image(path):
+    """An image file, upright, in RGB of 8 bits each. InputError with its name if it is damaged."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)              # turned as the camera was held
+        if image.mode[0] in "IF":
+            # grey beyond 8 bits, which Pillow would cut off at 255 instead of scaling it
+            levels = np.asarray(image)
+            if image.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+                raise ValueError("its grey levels have no known range; save it in 8 bits")
+            image = Image.fromarray((levels / 257).round().astype(np.uint8))
+        return image.convert("RGB")
+    except Exception as error:                                 # Pillow raises many kinds
+        raise InputError(f"{path} cannot be read ({error}); replace or remove it") from None
 
 
 class ImageFolder:
     """DIR/CLASS/*.jpeg (ImageNet's layout), read on demand: images[indices] -> uint8 (n, 3, S, S).
 
     side=None takes the side from the images: the middle one of the first images' shorter edges, at
-    most 224. Grey images get three equal channels.
+    most 224. Grey images get three equal channels. Hidden names are left out.
     """
 
     def __init__(self, folder, side=None):
-        folders = [p for p in Path(folder).iterdir() if p.is_dir()]
-        self.classes = sorted(p.name for p in folders)
-        self.files, labels = [], []
-        for label, name in enumerate(self.classes):
-            for file in sorted((Path(folder) / name).iterdir()):
-                if file.suffix.lower() in (".jpeg", ".jpg", ".png"):
-                    self.files.append(file)
-                    labels.append(label)
-        if not self.files:
+        shown = [p for p in sorted(Path(folder).iterdir()) if p.name[0] != "."]
+        folders = [p for p in shown if p.is_dir()]
+        if not folders:
             raise InputError(f"{folder} has no CLASS/*.jpeg images")
+        self.classes, self.files, labels = [p.name for p in folders], [], []
+        for label, path in enumerate(folders):
+            shown = [p for p in sorted(path.iterdir()) if p.name[0] != "."]
+            files = [p for p in shown if p.suffix.lower() in (".jpeg", ".jpg", ".png")]
+            if not files:
+                raise InputError(f"{path} is a class without images (.jpeg, .jpg, .png); "
+                                 "add some, or remove the folder")
+            self.files += files
+            labels += [label] * len(files)
         self.labels = torch.tensor(labels)
-        self.side = side or min(224, self.usual_edge())
+        edges = sorted(min(open_image(file).size) for file in self.files[:25])
+        self.side = side or min(224, edges[len(edges) // 2])
 
-    def usual_edge(self, first=25):
-        """The middle one of the shorter edges of the first images, in pixels."""
-        from PIL import Image                                  # comes with matplotlib
-        edges = []
-        for file in self.files[:first]:
-            with Image.open(file) as image:
-                edges.append(min(image.size))
-        return sorted(edges)[len(edges) // 2]
+    def look(self):
+        """Read every file once: a damaged one is met now, and not after hours of training."""
+        for i, pace in paced(len(self.files)):
+            self.read(self.files[i])
+            if pace:
+                print(f"  looked at {i:,} of {len(self.files):,} images  {pace}", flush=True)
 
     def __getitem__(self, indices):
         return torch.stack([self.read(self.files[i]) for i in indices])
 
     def read(self, path):
-        """The middle square, (3, side, side).
+        """The middle square, (3, side, side): as wide as the shorter edge of a small image.
 
-        Of a larger image the shorter edge becomes 8/7 of the side first: ImageNet's usual 256 and
-        224. An image whose shorter edge is the side already, or less, loses nothing of that edge.
+        Of an image larger than the side it has 7/8 of that edge, ImageNet's usual 224 of 256.
         """
-        from PIL import Image
-        image = Image.open(path).convert("RGB")
-        edge = self.side
-        if min(image.size) > self.side:
-            edge = self.side * 8 / 7
-        scale = edge / min(image.size)
-        w, h = (max(self.side, round(length * scale)) for length in image.size)
-        left, top = (w - self.side) // 2, (h - self.side) // 2
-        square = (left, top, left + self.side, top + self.side)
-        image = image.resize((w, h), Image.BILINEAR).crop(square)
+        image = open_image(path)
+        square = min(image.size)
+        if square > self.side:
+            square *= 7 / 8
+        left, top = ((length - square) // 2 for length in image.size)
+        box = left, top, left + square, top + square
+        image = image.resize((self.side, self.side), Image.BILINEAR, box)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -480,6 +482,8 @@ def load_images(folder, seed, side=None):
         if x.classes != test.classes:
             raise InputError(f"{folder}: train/ and val/ must hold folders of the same names, "
                              "one per class")
+        x.look()
+        test.look()
         return Data(folder.resolve().name, x, x.labels, test, test.labels, len(x.classes), x.side)
     if side is not None:
         raise InputError("--side is for folders of images; CIFAR and the shapes have their own")
@@ -541,7 +545,8 @@ def main():
         download_cifar(args.download, args.data)
     runs, device = [], "cuda" if torch.cuda.is_available() else "cpu"
     for seed in range(args.seed, args.seed + args.seeds):
-        data = load_images(args.data, seed, args.side)
+        if not (args.data and runs):                           # a folder's are the same again
+            data = load_images(args.data, seed, args.side)
         answers, cost, outputs = one_network(args, data, seed, device)
         # half of the test images calibrate, the other half is reported
         order = np.random.default_rng(seed).permutation(len(data.y_test))
@@ -553,6 +558,8 @@ def main():
     scores = report(runs, "wrong", cost, budgets, outputs, unit, title)
     report_misses(runs, 100)
     if args.figure:
+        # a folder's name may hold what matplotlib refuses
+        title = title.replace("$", r"\$").encode("utf-8", "replace").decode()
         figures.budget(args.figure, runs, scores, budgets, 100, unit, title)
         print(f"figure: {args.figure}")
 
