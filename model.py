@@ -706,8 +706,7 @@ def written_whole(path):
 
 def command_line(main):
     """Run a chapter's main(). Bad input ends in one line and exit status 2, not in a traceback."""
-    if hasattr(sys.stdout, "reconfigure"):
-        # a letter that the console lacks becomes ?
+    if hasattr(sys.stdout, "reconfigure"):    # a letter that the console lacks becomes ?
         sys.stdout.reconfigure(errors="replace")
     try:
         try:

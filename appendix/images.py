@@ -139,10 +139,8 @@ class ConvNeXt(MultiExit):
                 features.append(nn.Sequential(LayerNorm2d(w // 2, eps=1e-6), halve))
             features.append(nn.Sequential(*(CNBlock(w) for _ in range(depth))))
         self.features = nn.Sequential(*features)
-        heads = []
-        for w in widths:
-            norm = nn.LayerNorm(w, eps=1e-6)
-            heads.append(nn.Sequential(norm, nn.Flatten(1), nn.Linear(w, classes)))
+        heads = [nn.Sequential(nn.LayerNorm(w, eps=1e-6), nn.Flatten(1), nn.Linear(w, classes))
+                 for w in widths]
         self.exits, self.classifier = nn.ModuleList(heads[:-1]), heads[-1]
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.Linear)):
@@ -366,7 +364,7 @@ def read_records(path, first, classes):
     records = raw.reshape(-1, size)
     labels = records[:, first - 1].astype(np.int64)
     if labels.max() >= classes:
-        raise InputError(f"{path}: {labels.max()} is no label of CIFAR-{classes}; download it again")
+        raise InputError(f"{path}: no label {labels.max()} in CIFAR-{classes}; download it again")
     pixels = records[:, first:].reshape(-1, 3, 32, 32).copy()
     return torch.from_numpy(pixels), torch.from_numpy(labels)
 
@@ -426,8 +424,7 @@ class ImageFolder:
             shown = [p for p in sorted(path.iterdir()) if p.name[0] != "."]
             files = [p for p in shown if p.suffix.lower() in (".jpeg", ".jpg", ".png")]
             if not files:
-                raise InputError(f"{path} is a class without images (.jpeg, .jpg, .png); "
-                                 "add some, or remove the folder")
+                raise InputError(f"{path} has no .jpeg, .jpg or .png images; add some or remove it")
             self.files += files
             labels += [label] * len(files)
         self.labels = torch.tensor(labels)
@@ -480,8 +477,7 @@ def load_images(folder, seed, side=None):
         x = ImageFolder(folder / "train", side)
         test = ImageFolder(folder / "val", x.side)
         if x.classes != test.classes:
-            raise InputError(f"{folder}: train/ and val/ must hold folders of the same names, "
-                             "one per class")
+            raise InputError(f"{folder}: train/ and val/ must hold folders of the same names")
         x.look()
         test.look()
         return Data(folder.resolve().name, x, x.labels, test, test.labels, len(x.classes), x.side)
@@ -530,8 +526,8 @@ def options():
         raise InputError("--download needs --data DIR, the folder to write to")
     if any(number is not None and number < 1 for number in numbers):
         raise InputError("--side, --width, --epochs and --seeds must be at least 1")
-    if args.beta is not None and not args.beta >= 0:
-        raise InputError("--beta must be at least 0")
+    if not 0 <= args.seed < 1 << 62 or args.beta is not None and not args.beta >= 0:
+        raise InputError("--beta and --seed must be at least 0, --seed below 2^62")
     return args
 
 
@@ -558,7 +554,7 @@ def main():
     scores = report(runs, "wrong", cost, budgets, outputs, unit, title)
     report_misses(runs, 100)
     if args.figure:
-        # a folder's name may hold what matplotlib refuses
+        # a folder's name may hold what matplotlib would refuse
         title = title.replace("$", r"\$").encode("utf-8", "replace").decode()
         figures.budget(args.figure, runs, scores, budgets, 100, unit, title)
         print(f"figure: {args.figure}")

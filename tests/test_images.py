@@ -1,7 +1,9 @@
 """Images: networks against torchvision and closed forms, data readers against files by hand."""
 import hashlib
 import io
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -159,9 +161,16 @@ def test_read_cifar(tmp_path):
             assert (y.numpy() == np.concatenate([r[0] for r in records.values()][:-1])).all()
         assert images.load_images(inner, 0).name == inner.name
         assert images.load_images(outer, 0).name == str(hundred)
-        (inner / name).write_bytes(b"short")
-        with pytest.raises(ValueError, match="no multiple of"):
-            images.read_cifar(outer)
+        # an empty file, one cut short, a label beyond the classes: refused by name, in any of the files
+        first = next(iter(records))
+        for path in (inner / name, inner / first):
+            whole = path.read_bytes()
+            wrong_label = bytes([7] * hundred + [200]) + whole[1 + hundred:]
+            for content, words in ((b"", "0 bytes"), (whole[:-1], "no multiple of"), (wrong_label, "no label 200")):
+                path.write_bytes(content)
+                with pytest.raises(ValueError, match=f"{path.name}.*{words}"):
+                    images.read_cifar(outer)
+            path.write_bytes(whole)
     with pytest.raises(ValueError, match="no CIFAR binaries"):
         images.read_cifar(tmp_path / "nowhere")
 
@@ -233,6 +242,96 @@ def test_small_and_grey_images_keep_their_side_and_every_pixel(tmp_path):
     assert (wide[torch.tensor([0])][0, 0].numpy() == pixels).all()
 
 
+def png_of_16_bits(levels):
+    """A PNG file's bytes, written by hand: levels (h, w, channels) of 16 bits; 1 to 4 channels."""
+    h, w, channels = levels.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]                  # grey, grey + alpha, RGB, RGBA
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in levels)
+    header = struct.pack(">IIBBBBB", w, h, 16, kind, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    return content
+
+
+def test_16_bits_equal_8_bits_within_one_level(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    path = tmp_path / "a" / "1.png"
+    path.parent.mkdir()
+    ramp = np.linspace(0, 65535, 32 * 32).round().reshape(32, 32)
+    files = {str(n): png_of_16_bits(np.repeat(ramp[:, :, None], n, 2)) for n in (1, 2, 3, 4)}
+    for mode, kind in (("I;16", "<u2"), ("I;16B", ">u2"), ("I", np.int32)):   # Pillow's modes of 16 bits
+        buffer = io.BytesIO()
+        Image.fromarray(ramp.astype(kind)).save(buffer, "TIFF")
+        files[mode] = buffer.getvalue()
+        assert Image.open(buffer).mode == mode
+    expected = np.array(Image.fromarray((ramp / 256).astype(np.uint8)).convert("RGB")).transpose(2, 0, 1)
+    for name, content in files.items():
+        path.write_bytes(content)
+        pixels = images.ImageFolder(tmp_path)[torch.tensor([0])][0].numpy()
+        assert np.abs(pixels.astype(int) - expected).max() <= 1, name
+    Image.fromarray(ramp.astype(np.float32)).save(path, "TIFF")
+    with pytest.raises(ValueError, match="1.png.*no known range"):
+        images.ImageFolder(tmp_path)
+
+
+def test_kinds_of_images_that_are_read(tmp_path):
+    """One pixel, a long line, CMYK, an animation, palettes, a photograph taken with the camera turned."""
+    Image = pytest.importorskip("PIL.Image")
+    (tmp_path / "a").mkdir()
+    red, green = Image.new("RGB", (20, 20), (255, 0, 0)), Image.new("RGB", (20, 20), (0, 255, 0))
+    red.resize((1, 1)).save(tmp_path / "a" / "1.png")
+    red.resize((1, 5000)).save(tmp_path / "a" / "2.png")
+    red.convert("CMYK").save(tmp_path / "a" / "3.jpg")
+    red.save(tmp_path / "a" / "4.png", format="GIF", save_all=True, append_images=[green])
+    red.convert("P").save(tmp_path / "a" / "5.png")
+    batch = images.ImageFolder(tmp_path, 8)[torch.arange(5)]
+    assert (batch[:, 0] > 250).all() and (batch[:, 1:] < 5).all()
+    # red above green; turned by the camera's note it lies on the right
+    turned = Image.new("RGB", (16, 16), (0, 255, 0))
+    turned.paste((255, 0, 0), (0, 0, 16, 8))
+    note = Image.Exif()
+    note[0x112] = 6
+    turned.save(tmp_path / "a" / "0.jpg", exif=note)
+    image = images.ImageFolder(tmp_path, 16)[torch.tensor([0])][0]
+    assert image[0, 8, 13] > 200 > 50 > image[0, 8, 2] and image[1, 8, 2] > 200 > 50 > image[1, 8, 13]
+
+
+def test_hidden_names_are_left_out_and_an_empty_class_is_said(tmp_path):
+    write_folder(tmp_path / "train", "RGB", (16, 16))
+    for place in (tmp_path / "train", tmp_path / "train" / "a"):
+        (place / ".ipynb_checkpoints").mkdir()
+        (place / ".DS_Store").write_bytes(b"x")
+        (place / "._0.png").write_bytes(b"x")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "train" / "a" / "0.png").rename(tmp_path / "elsewhere" / "0.png")
+    (tmp_path / "train" / "c").symlink_to(tmp_path / "elsewhere")   # a linked folder is a class like others
+    with pytest.raises(ValueError, match="train/a has no .jpeg"):   # only hidden files are left in it
+        images.ImageFolder(tmp_path / "train")
+    write_folder(tmp_path / "train", "RGB", (16, 16), "a")
+    folder = images.ImageFolder(tmp_path / "train")
+    assert folder.classes == ["a", "b", "c"] and [p.name for p in folder.files] == ["0.png"] * 3
+
+
+def test_a_damaged_image_is_named_before_the_training(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    for split in ("train", "val"):
+        write_folder(tmp_path / split, "RGB", (16, 16), n=64)
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "PNG")
+    bomb = bytearray(buffer.getvalue())
+    bomb[16:24] = struct.pack(">II", 30000, 30000)             # the size in its header
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    jpeg = io.BytesIO()
+    Image.effect_noise((16, 16), 100).save(jpeg, "JPEG")
+    path = tmp_path / "val" / "b" / "50.png"                   # not among the first, and not for training
+    for content in (b"", b"<html>", jpeg.getvalue()[:-40], buffer.getvalue()[:45], bytes(bomb)):
+        path.write_bytes(content)
+        result = call(images, "--data", tmp_path)
+        assert_refused(result, f"{path} cannot be read", "replace or remove it")
+        assert result[1] == "" and result[2].count("\n") == 1
+
+
 def test_a_folder_gives_its_name_and_one_side_to_train_and_val(tmp_path):
     digits = tmp_path / "digits"
     write_folder(digits / "train", "L", (16, 16))
@@ -274,12 +373,13 @@ def test_command_line_on_a_small_data_set(tmp_path):
 
 
 def test_command_line_on_a_folder_of_small_grey_images(tmp_path):
+    name = "digits $b_^$ caf\udce9"      # matplotlib would read formulas, and refuses what is no UTF-8
     for split, n in (("train", 70), ("val", 30)):
-        write_folder(tmp_path / "digits" / split, "L", (16, 16), n=n)
-    status, out, errors = call(images, "--data", tmp_path / "digits", "--width", 2, "--epochs", 1,
-                               "--no-mirror", "--beta", 5)
+        write_folder(tmp_path / name / split, "L", (16, 16), n=n)
+    status, out, errors = call(images, "--data", tmp_path / name, "--width", 2, "--epochs", 1,
+                               "--no-mirror", "--beta", 5, "--figure", tmp_path / "images.svg")
     assert status == 0, errors
-    assert out.startswith("digits, 16 pixels") and len(table_rows(out)) == 9
+    assert out.startswith(f"{name}, 16 pixels") and len(table_rows(out)) == 9
 
 
 def test_bad_input_is_refused_before_any_work():
@@ -287,7 +387,8 @@ def test_bad_input_is_refused_before_any_work():
             (("--data", "nowhere"), "no CIFAR binaries"),
             (("--download", "cifar-10"), "needs --data"),
             (("--seeds", "0"), "at least 1"), (("--epochs", "0"), "at least 1"),
-            (("--side", "0"), "at least 1"), (("--beta", "-1"), "at least 0"),
+            (("--side", "0"), "at least 1"), (("--beta", "-1"), "at least 0"), (("--seed", "-1"), "at least 0"),
+            (("--seed", str(2 ** 64)), "below 2^62"),
             (("--figure", "nowhere/eero.png"), "folder"), (("--figure", "eero.exe"), ".png")):
         result = call(images, *arguments)
         assert_refused(result, words)
