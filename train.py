@@ -55,43 +55,23 @@ def stdlib_documents(tests=False):
     encodings and pydoc_data are left out: they are generated tables, not code that someone wrote.
     The library's tests are left out unless asked for.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root, documents = Path(sysconfig.get_paths()["stdlib"]), []
     skip = {"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
     if not tests:
         skip |= {"test", "tests", "idle_test"}
-    files = sorted(root.rglob("*.py"))
-    return readable([path for path in files if not skip & set(path.relative_to(root).parts)], root)
-
-
-def readable(paths, root):
-    """The files that are UTF-8 text, [(name relative to root, text)]."""
-    documents = []
-    for path in paths:
-        try:
-            documents.append((path.relative_to(root).as_posix(), path.read_bytes().decode("utf-8")))
-        except UnicodeDecodeError:        # binary, or a file that tests another encoding
-            continue
-    return documents
-
-
-def read_documents(data):
-    """`stdlib`, a text file, or a folder of them -> [(name, text)]. InputError if there is none."""
-    root = Path(data)
-    if data == "stdlib":
-        return stdlib_documents()
-    if not root.exists():
-        raise InputError(f"--data {data}: no such file or folder (or stdlib, self, stdlib+self)")
-    if root.is_dir():
-        return readable([path for path in sorted(root.rglob("*")) if path.is_file()], root)
-    documents = readable([root], root.parent)
-    if not documents:
-        raise InputError(f"--data {data} is not UTF-8 text")
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if not skip & set(name.parts):
+            try:
+                documents.append((name.as_posix(), path.read_bytes().decode("utf-8")))
+            except UnicodeDecodeError:    # a file that tests another encoding
+                continue
     return documents
 
 
 def split_of(name):
     """train, calibration or test: by a hash of the document's relative name, 80 : 10 : 10."""
-    h = hashlib.sha256(name.encode()).digest()[0]
+    h = hashlib.sha256(os.fsencode(name)).digest()[0]     # also of a name that is no UTF-8
     if h < 26:
         return "test"
     return "calibration" if h < 52 else "train"
@@ -124,28 +104,18 @@ def unmeasured(documents, measured, shared=15):
 
 def stdlib_splits(documents, tokenizer):
     """{split: ids (N,)}: this Python's library to train on, the measuring text for the rest."""
+    documents = [d for d in documents if d[1].strip()]
     splits = {split: measuring_text(split, tokenizer) for split in SPLITS[1:]}
     measured = [tokenizer.decode(ids.tolist()) for ids in splits.values()]
     return {"train": tokens_of(unmeasured(documents, measured), tokenizer), **splits}
 
 
-def document_splits(documents, tokenizer):
-    """{split: ids (N,)}: by a hash of names, or, of few documents, one stream cut 80 : 10 : 10."""
-    if len(documents) < 30:
-        stream = tokens_of(documents, tokenizer)
-        cuts = int(0.8 * len(stream)), int(0.9 * len(stream))
-        return dict(zip(SPLITS, stream.tensor_split(cuts)))
-    splits = {}
-    for split in SPLITS:
-        splits[split] = tokens_of([d for d in documents if split_of(d[0]) == split], tokenizer)
-    return splits
-
-
-def load_splits(data, tokenizer, length):
+def load_splits(data, tokenizer, length, read_corpus):
     """{split: ids (N,)} of --data. InputError unless each has a window of `length` + 1 tokens."""
-    documents = [d for d in read_documents(data) if d[1].strip()]
-    make = stdlib_splits if data == "stdlib" else document_splits
-    splits = make(documents, tokenizer)
+    if data == "stdlib":
+        splits = stdlib_splits(stdlib_documents(), tokenizer)
+    else:
+        splits = read_corpus(data, tokenizer)
     for split, ids in splits.items():
         if len(ids) <= length:
             raise InputError(f"--data {data}: its {split} split has {len(ids)} tokens, "
@@ -182,11 +152,15 @@ def written_splits(model, splits, names, end, length, tokens, seed):
     return written
 
 
-def load_text(args, model, tokenizer, length):
-    """{split: ids (N,)} of --data, and windows (n, length + 1) that the model wrote, or None."""
+def load_text(args, model, tokenizer, length, read_corpus):
+    """{split: ids (N,)} of --data, and windows (n, length + 1) that the model wrote, or None.
+
+    read_corpus: the function that reads a user's own text.
+    """
     corpus, names = {}, SPLITS            # self: no corpus, the model writes all three splits
     if args.data != "self":
-        corpus, names = load_splits(args.data.removesuffix("+self"), tokenizer, length), ("train",)
+        data, names = args.data.removesuffix("+self"), ("train",)
+        corpus = load_splits(data, tokenizer, length, read_corpus)
         if not args.data.endswith("+self"):
             return corpus, None
     tokens = max(args.steps * args.batch * length // 4, 8 * length)
@@ -196,9 +170,9 @@ def load_text(args, model, tokenizer, length):
 
 
 def windows(stream, batch, length, generator):
-    """A batch of random windows of the stream, (batch, length)."""
+    """A batch of random windows of the stream, (batch, length). Reads no more of it than these."""
     starts = torch.randint(len(stream) - length + 1, (batch,), generator=generator)
-    return stream[starts[:, None] + torch.arange(length)]
+    return torch.stack([stream[start:start + length].long() for start in starts.tolist()])
 
 
 def training_batches(args, stream, written, length, generator):
@@ -219,7 +193,7 @@ def training_batches(args, stream, written, length, generator):
 def spread_windows(stream, length):
     """About MEASURED tokens of the stream as windows (n, length), spread over it."""
     every = stream[:len(stream) // length * length].view(-1, length)
-    return every[::max(1, every.numel() // MEASURED)]
+    return every[::max(1, every.numel() // MEASURED)].long()
 
 
 # ---------------------------------------------------------------- training
@@ -456,8 +430,11 @@ def check_out(out):
         raise InputError(f"--out {out}: {parent} is not a folder that can be written to")
 
 
-def run_heads(args, report):
-    """The main job with the command line's options. report: the function that draws report.png."""
+def run_heads(args, report, read_corpus):
+    """The main job with the command line's options. report: the function that draws report.png.
+
+    read_corpus: the function that reads a user's own text.
+    """
     # 1. model, heads and text
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
@@ -466,7 +443,7 @@ def run_heads(args, report):
     model = Pythia.from_pretrained(folder, args.device, getattr(torch, args.dtype))
     heads = make_heads(args, model)
     length = min(args.length, model.config.max_position_embeddings - 1)
-    splits, written = load_text(args, model, tokenizer, length)
+    splits, written = load_text(args, model, tokenizer, length, read_corpus)
     own = "" if written is None else f", {written.numel():,} written by the model"
     print(f"{heads.kind} heads at layers {listed(heads.layers)} of {len(model.layers)}: "
           f"{sum(p.numel() for p in heads.parameters()):,} parameters; "
@@ -510,8 +487,8 @@ def main():
         "random; or a heads file: its kind and layers stay, and --steps 0 only calibrates it anew")
     add("--loss", choices=LOSSES, default="kl", help="kl (default), topk (32), hard (argmax)")
     add("--measure", choices=MEASURES, help="uncertainty (default: entropy, or the heads file's)")
-    add("--data", default="stdlib", help="stdlib (default), a text file, or a folder of them; "
-        "self: text that the model writes; X+self: both")
+    add("--data", default="stdlib", help="stdlib (default), a text or .jsonl file, a folder of "
+        "them, or minipile; self: text that the model writes; X+self: both")
     add("--steps", type=int, default=100, help="training steps")
     add("--batch", type=int, default=8, help="windows per step")
     add("--length", type=int, default=512, help="tokens per window")
@@ -530,8 +507,9 @@ def main():
     if args.device != "cpu" and not torch.cuda.is_available():
         raise InputError(f"--device {args.device}: no such device here; use cpu")
     check_out(args.out)
+    from appendix.corpus import read_corpus
     from appendix.figures import report
-    run_heads(args, report)
+    run_heads(args, report, read_corpus)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,12 @@ def assert_refused(result, *words):
     assert all(w in errors for w in words), errors
 
 
+@pytest.fixture(scope="session", autouse=True)
+def corpora(tmp_path_factory):
+    """No test leaves ids in the user's cache."""
+    os.environ["NANOEXIT_CACHE"] = str(tmp_path_factory.mktemp("corpora"))
+
+
 @pytest.fixture(scope="session")
 def toy():
     return Pythia.from_pretrained(TOY)

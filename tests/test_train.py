@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import train as T
+from appendix.corpus import read_corpus
 from appendix.toy import save_model
 from conftest import ROOT, TOY, assert_refused, call, run, tiny
 from heads import ExitHeads, measuring_text
@@ -145,7 +146,7 @@ def test_splits_are_by_document_and_disjoint(library):
 
 
 def test_one_file_is_cut_in_three(text, toy_tokenizer):
-    splits = T.load_splits(str(text), toy_tokenizer, 64)
+    splits = T.load_splits(str(text), toy_tokenizer, 64, read_corpus)
     whole = toy_tokenizer.encode(text.read_text()) + [toy_tokenizer.end]
     assert torch.cat([splits[s] for s in T.SPLITS]).tolist() == whole
 
@@ -278,8 +279,8 @@ def test_bad_text(tmp_path, small):
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x81")
     (tmp_path / "folder").mkdir()
-    cases = {"empty.txt": "0 tokens", "short.txt": "fewer than one window", "binary": "not UTF-8",
-             "folder": "0 tokens", "absent": "no such file or folder"}
+    cases = {"empty.txt": "no text was found", "short.txt": "fewer than one window", "binary": "not UTF-8",
+             "folder": "no text was found", "absent": "no such file or folder"}
     for name, words in cases.items():
         options = ("--model", small, "--data", tmp_path / name, "--out", tmp_path / "run")
         assert_refused(call(T, *options), words)
