@@ -4,8 +4,8 @@ A list of ids in Python takes some 60 bytes a token, on disk a token takes 2 (4 
 has more than 65,536 tokens). A file that is mapped into memory looks like a tensor, but only what
 is looked at is read. So a corpus may be larger than memory.
 
-Files. A file that is UTF-8 text is a document. In a .jsonl file every line is one, its field "text".
-Hidden names are left out, links are followed, what is no text is left out and said.
+Files. A file that is UTF-8 text is a document. In a .jsonl file every line is one, by its field
+"text". Hidden names are left out, links are followed, what is no text is left out and said.
 
 Pieces. About 1 MB is tokenised at a time, in parallel processes. A text is cut only where the
 tokenizer splits anyway: before a single space or newline that stands between two letters or signs.
@@ -26,7 +26,6 @@ import argparse
 import codecs
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -39,6 +38,7 @@ from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,19 +109,12 @@ def left_out(left, total):
     """One line about the files that were left out, [(name, why)]. Empty if there are none."""
     if not left:
         return ""
-    reasons = Counter(why for _, why in left)
-    reasons = ", ".join(f"{n} {why}" for why, n in reasons.items())
+    reasons = ", ".join(f"{n} {why}" for why, n in Counter(why for _, why in left).items())
     name = os.fsencode(left[0][0]).decode("utf-8", "backslashreplace")
     return f"{len(left)} of {total} files were left out: {reasons}, e.g. {name}"
 
 
 # ---------------------------------------------------------------- pieces
-
-
-class Span(NamedTuple):
-    file: File
-    start: int                            # bytes
-    stop: int
 
 
 def next_cut(file, start, tokenizer):
@@ -149,13 +142,13 @@ def next_cut(file, start, tokenizer):
 
 
 def batches_of(files, tokenizer):
-    """All files as lists of Spans of about PIECE bytes each: of one large file, or of many small."""
+    """All files as batches [(file, start, stop)] of about PIECE bytes, of one file or of many."""
     batch, size = [], 0
     for file in files:
         stop = 0
         while stop < file.size:
             start, stop = stop, next_cut(file, stop, tokenizer)
-            batch.append(Span(file, start, stop))
+            batch.append((file, start, stop))
             size += stop - start
             if size >= PIECE:
                 yield batch
@@ -164,30 +157,26 @@ def batches_of(files, tokenizer):
         yield batch
 
 
-class Coded(NamedTuple):
-    """What became of a Span."""
-    span: Span
-    parts: list                           # [(split, ids)]: documents, or a part of one
-    lines: int = 0                        # of a .jsonl file
-    trouble: object = ""                  # why a file is no text; or the number of a bad line
+def encode_piece(file, start, stop, tokenizer, dtype):
+    """Read and tokenise the bytes from start to stop -> (parts, lines, trouble).
 
-
-def encode_span(span, tokenizer, dtype):
-    """Read and tokenise one Span -> Coded. Blank documents are dropped."""
+    parts: [(split, ids)], whole documents of a .jsonl file, or a part of a text. Blank documents
+    are dropped. lines: of a .jsonl file. trouble: why this is no text, or the number of a bad line.
+    """
     try:
-        with open(span.file.path, "rb") as stream:
-            stream.seek(span.start)
-            raw = stream.read(span.stop - span.start)
-        if span.start == 0:
+        with open(file.path, "rb") as stream:
+            stream.seek(start)
+            raw = stream.read(stop - start)
+        if start == 0:
             raw = raw.removeprefix(codecs.BOM_UTF8)
-        if not span.file.lines:
+        if not file.lines:
             text = raw.decode("utf-8")
             ids = tokenizer.encode(text) if text.strip() else []
-            return Coded(span, [(split_of(span.file.name), np.array(ids, dtype))])
+            return [(split_of(file.name), np.array(ids, dtype))], 0, ""
     except OSError:
-        return Coded(span, [], trouble="cannot be read")
+        return [], 0, "cannot be read"
     except UnicodeDecodeError:
-        return Coded(span, [], trouble="not UTF-8 text")
+        return [], 0, "not UTF-8 text"
     parts = []
     for number, line in enumerate(raw.split(b"\n")):
         if not line.strip():
@@ -196,11 +185,11 @@ def encode_span(span, tokenizer, dtype):
             text = json.loads(line.decode("utf-8"))["text"]
             ids = tokenizer.encode(text)
         except (ValueError, LookupError, TypeError, RecursionError):
-            return Coded(span, [], trouble=number + 1)
+            return [], 0, number + 1
         if text.strip():
             split = split_of(text.encode("utf-8", "surrogatepass"))
             parts.append((split, np.array(ids, dtype)))
-    return Coded(span, parts, raw.count(b"\n"))
+    return parts, raw.count(b"\n"), ""
 
 
 WORKER = []                               # in a process of the pool: its tokenizer and type
@@ -211,20 +200,20 @@ def begin_worker(spec, dtype):
     WORKER[:] = Tokenizer(spec), dtype
 
 
-def work(batch):
-    return [encode_span(span, *WORKER) for span in batch]
+def work(batch, worker=WORKER):
+    """[(piece, what encode_piece makes of it)] of a batch of pieces (file, start, stop)."""
+    return [(piece, encode_piece(*piece, *worker)) for piece in batch]
 
 
 def encode_all(files, tokenizer, dtype, processes):
-    """All files, in order -> Coded, one by one. Few batches are under way at a time."""
+    """What work() makes of all files, in order, one by one. Few batches are under way at a time."""
     batches = batches_of(files, tokenizer)
     if processes == 1:
         for batch in batches:
-            yield from (encode_span(span, tokenizer, dtype) for span in batch)
+            yield from work(batch, (tokenizer, dtype))
         return
     # a fork shares its parent's memory: here that of a fresh process, without threads or a GPU
-    method = "forkserver" if sys.platform == "linux" else "spawn"
-    context = multiprocessing.get_context(method)
+    context = get_context("forkserver" if sys.platform == "linux" else "spawn")
     context.set_forkserver_preload(["train"])
     pool = ProcessPoolExecutor(processes, context, begin_worker, (tokenizer.spec, dtype))
     waiting = deque()
@@ -245,38 +234,35 @@ def encode_all(files, tokenizer, dtype, processes):
 # ---------------------------------------------------------------- from files to streams
 
 
-def write_documents(coded, left, one, end):
+def write_documents(coded, size, left, one, end):
     """Write the ids of all documents, in order, to the file `one`: yields (split, bytes) of each.
 
-    `end` closes a document. Files that are no text are added to `left`.
+    size: bytes of all files. `end` closes a document. Files that are no text are added to `left`.
     """
-    line, size, trouble = 1, 0, ""
-    for (file, start, stop), parts, lines, problem in coded:
+    progress, seen, tokens = Progress(1), 0, 0
+    line, written, trouble = 1, 0, ""
+    for (file, start, stop), (parts, lines, problem) in coded:
+        # 1. one bad line ends it all, one bad part spoils a whole text
         if start == 0:
-            line, size, trouble = 1, 0, ""
+            line, written, trouble = 1, 0, ""
         if file.lines and problem:
             raise InputError(f"{file.path}, line {line + problem - 1}: not a JSON object whose "
                              f'field "text" is a text; mend or remove that line')
         line += lines
         trouble = trouble or problem
+        # 2. a part of a document, or whole ones
         for split, ids in parts:
-            size += one.write(ids)
-            if file.lines or stop == file.size and not trouble and size:
-                yield split, size + one.write(end)
-                size = 0
-        if trouble and stop == file.size: # one bad part spoils a whole text
-            one.seek(-size, os.SEEK_CUR)
+            written += one.write(ids)
+            tokens += len(ids)
+            if file.lines or stop == file.size and not trouble and written:
+                yield split, written + one.write(end)
+                written = 0
+        if trouble and stop == file.size:
+            one.seek(-written, os.SEEK_CUR)
             one.truncate()
             left.append((file.name, trouble))
-
-
-def watched(coded, size):
-    """Pass on what is coded, of `size` bytes of text, and show how it goes."""
-    progress, seen, tokens = Progress(1), 0, 0
-    for item in coded:
-        yield item
-        seen += item.span.stop - item.span.start
-        tokens += sum(len(ids) for _, ids in item.parts)
+        # 3. say how it goes
+        seen += stop - start
         progress.total = tokens * size // seen        # an estimate, exact at the end
         if tokens:
             progress.show(tokens, "tokenising")
@@ -302,7 +288,7 @@ def build(folder, data, files, left, tokenizer, dtype, processes):
     splits, sizes = bytearray(), array("Q")
     with open(folder / "ids", "w+b") as one, \
             closing(encode_all(files, tokenizer, dtype, processes)) as coded:
-        for split, n in write_documents(watched(coded, size), left, one, end):
+        for split, n in write_documents(coded, size, left, one, end):
             splits.append(SPLITS.index(split))
             sizes.append(n)
         said = left_out(left, total)

@@ -45,7 +45,7 @@ def receive(url):
 
 
 def texts_of(page, first):
-    """The texts of one page of rows from `first` on. Raises an error unless all are there, whole."""
+    """The texts of a page of rows from `first` on. Raises an error unless all are there, whole."""
     rows = page["rows"]
     stop = min(first + ROWS, page["num_rows_total"])
     if [row["row_idx"] for row in rows] != list(range(first, stop)):

@@ -1,17 +1,15 @@
-"""appendix/corpus.py and appendix/minipile.py: which files are read, the same ids as of the uncut text, the cache, the fetch."""
+"""appendix/corpus.py: which files are read, the same ids as of the uncut text, the cache."""
 import json
 import os
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
 import torch
 
 from appendix import corpus as C
-from appendix import minipile as M
-from conftest import ROOT, TOY, assert_refused, call, run
+from appendix.toy import save_model
+from conftest import ROOT, TOY, assert_refused, call, run, tiny
+from model import Tokenizer
 from train import SPLITS, spread_windows, split_of, windows
 
 
@@ -30,7 +28,8 @@ def ids_of(path, tokenizer):
 def coded(path, tokenizer, processes=1):
     """The ids of a text file, piece by piece."""
     files, _ = C.files_of(path)
-    return [ids.tolist() for item in C.encode_all(files, tokenizer, "uint16", processes) for _, ids in item.parts]
+    results = C.encode_all(files, tokenizer, "uint16", processes)
+    return [ids.tolist() for _, (parts, _, _) in results for _, ids in parts]
 
 
 # ---------------------------------------------------------------- files
@@ -219,82 +218,12 @@ def test_train_on_a_corpus_that_takes_processes(tmp_path, cache):
     with open(tmp_path / "my.jsonl", "w") as file:
         for i in range(400):
             file.write(json.dumps({"text": f"{i} {text}"}) + "\n")
-    status, printed, errors = run("train.py", "--data", tmp_path / "my.jsonl", "--steps", 1, "--batch", 1, "--length", 32,
-                                  "--layers", 2, "--out", tmp_path / "run", NANOEXIT_CACHE=str(cache))
+    save_model(tmp_path / "small", tiny(vocab_size=2048), Tokenizer.load(TOY).spec)
+    options = ("--model", tmp_path / "small", "--steps", 1, "--batch", 1, "--length", 32, "--out", tmp_path / "run")
+    status, printed, errors = run("train.py", "--data", tmp_path / "my.jsonl", *options, NANOEXIT_CACHE=str(cache))
     assert status == 0 and "left out" not in printed, errors
     folder, = cache.iterdir()
     status, printed, _ = run("-m", "appendix.corpus", tmp_path / "my.jsonl", "--processes", 1, NANOEXIT_CACHE=str(tmp_path / "other"))
     assert status == 0
     for name in ("train.bin", "test.bin"):
         assert (folder / name).read_bytes() == (tmp_path / "other" / folder.name / name).read_bytes()
-
-
-# ---------------------------------------------------------------- minipile
-
-
-class Server(BaseHTTPRequestHandler):
-    """Rows as the dataset viewer gives them, of 250 documents. `faults` are answered first."""
-    faults, asked = [], []
-
-    def do_GET(self):
-        query = parse_qs(urlsplit(self.path).query)
-        first, n = int(query["offset"][0]), int(query["length"][0])
-        assert query["dataset"] == ["JeanKaddour/minipile"]
-        self.asked.append(first)
-        rows = [{"row_idx": i, "row": {"text": f"document {i} \u00e9"}, "truncated_cells": []}
-                for i in range(first, min(first + n, 250))]
-        page, fault = {"rows": rows, "num_rows_total": 250, "partial": False}, self.faults.pop() if self.faults else 200
-        if fault == "cut":
-            rows[3]["truncated_cells"] = ["text"]
-        if fault == "missing":
-            del rows[3]
-        body = json.dumps(page).encode() if fault != "html" else b"<html>sign in</html>"
-        self.send_response(fault if isinstance(fault, int) else 200)
-        self.send_header("content-length", str(len(body) + (fault == "short")))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture
-def host():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    Server.faults, Server.asked = [], []
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_minipile_is_fetched_in_pieces_and_goes_on(cache, monkeypatch, toy_tokenizer, host):
-    monkeypatch.setattr(M, "PAUSES", (0, 0))
-    folder = cache / "minipile"
-    Server.faults = [429, 503]                                # a busy server is asked again
-    M.fetch_minipile(folder, 100, host)
-    assert Server.asked == [0, 0, 0]
-    for fault in ("cut", "missing", "html", "short", 404):
-        Server.faults = [fault, fault, fault]
-        if fault == "short":
-            continue                                          # the JSON came whole
-        with pytest.raises(ValueError, match="documents from 100 on could not be fetched"):
-            M.fetch_minipile(folder, 1000, host)
-    Server.faults, Server.asked[:] = [], []
-    M.fetch_minipile(folder, 1000, host)
-    assert Server.asked == [100, 200] and sorted(os.listdir(folder)) == ["0000000.jsonl", "0000100.jsonl", "0000200.jsonl"]
-    # what is there needs no server
-    monkeypatch.setattr(M, "HOST", "http://127.0.0.1:9")
-    monkeypatch.setattr(C, "fetch_minipile", lambda folder: M.fetch_minipile(folder, 300, "http://127.0.0.1:9"))
-    streams = C.read_corpus("minipile", toy_tokenizer)
-    texts = [f"document {i} \u00e9" for i in range(250)]
-    expected = [i for t in texts if split_of(t.encode()) == "test" for i in [*toy_tokenizer.encode(t), toy_tokenizer.end]]
-    assert streams["test"].tolist() == expected
-    with pytest.raises(ValueError, match="could not be fetched .*refused.*run again to go on"):
-        M.fetch_minipile(folder, 400, "http://127.0.0.1:9")
-
-
-def test_an_answer_that_does_not_end_is_refused(tmp_path, monkeypatch, host):
-    monkeypatch.setattr(M, "LARGEST", 2000)
-    with pytest.raises(ValueError, match="does not end"):
-        M.fetch_minipile(tmp_path, 100, host)
