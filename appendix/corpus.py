@@ -33,12 +33,13 @@ import signal
 import stat
 import sys
 import tempfile
+import threading
 from array import array
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
 
@@ -195,8 +196,14 @@ def encode_piece(file, start, stop, tokenizer, dtype):
 WORKER = []                               # in a process of the pool: its tokenizer and type
 
 
+def end_with_parent():
+    parent_process().join()               # a parent that was killed does not end its pool
+    os._exit(1)
+
+
 def begin_worker(spec, dtype):
     signal.signal(signal.SIGINT, signal.SIG_IGN)      # Ctrl-C ends the parent, which ends the pool
+    threading.Thread(target=end_with_parent, daemon=True).start()
     WORKER[:] = Tokenizer(spec), dtype
 
 
