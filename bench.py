@@ -43,7 +43,8 @@ import torch
 
 from dssd import DSSD, EarlyExit, LayerSkip, Plain, generate, ratio, seconds, summarize
 from heads import ExitHeads, held_out_prompts
-from model import TOY, InputError, Pythia, Tokenizer, command_line, locate, written_whole
+from model import (TOY, InputError, Pythia, Tokenizer, check_file, command_line, locate, seed_number,
+                   written_whole)
 
 LEVELS = (0.80, 0.90, 0.95)
 DRAFT_LENGTHS = (1, 2, 3, 4, 5, 6, 10, 15)       # LayerSkip's grid, for every exit
@@ -474,14 +475,14 @@ def arguments():
     parser.add_argument("--peer", choices=("transformers",), help="another library beside it")
     parser.add_argument("--json", help="also write the JSON object to this file")
     parser.add_argument("--figure", help="draw speed against acceptance to this file")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     args = parser.parse_args()
     if min(args.prompts, args.repeats) < 1 or args.max_new_tokens < 2:
         raise InputError("--prompts and --repeats must be at least 1, --max-new-tokens at least 2")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no such device here; use cpu")
-    if args.json and not Path(args.json).parent.is_dir():
-        raise InputError(f"--json: there is no folder {Path(args.json).parent}; make it first")
+    if args.json:
+        check_file(args.json, "--json")
     if args.peer and args.device != "cpu":
         raise InputError("--peer compares on the CPU; leave --device out")
     return args
@@ -492,6 +493,8 @@ def main():
     from appendix import fast, figures, scale, tune
     if args.figure:
         figures.check(args.figure)
+    if args.peer:
+        scale.peer_classes()
     folder = locate(args.model)
     tokenizer = Tokenizer.load(folder)
     model = Pythia.from_pretrained(folder, args.device, getattr(torch, args.dtype))

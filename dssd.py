@@ -46,7 +46,8 @@ from typing import NamedTuple
 import torch
 
 from confidence import MEASURES, is_certain
-from model import TOY, InputError, Pythia, Tokenizer, command_line, locate
+from model import (TOY, InputError, Pythia, Tokenizer, check_numbers, command_line, locate,
+                   seed_number)
 
 MEMORY, GUESS = 0.98, 0.25        # a Record keeps this share at every answer; weight of its guess
 CAUTION = 1.2                     # gains are estimates, and the best of several flatter: ByGain
@@ -318,8 +319,10 @@ class Choice(NamedTuple):
 
     def of(self, logits):
         """What logits (..., V) say: the likeliest ids (...), or probabilities (..., V)."""
+        largest, likeliest = logits.max(-1)
+        check_numbers(largest)
         if self.temperature == 0:
-            return logits.argmax(-1)
+            return likeliest
         return distribution(logits, self.temperature, self.top_p)
 
     def token(self, answer):
@@ -768,7 +771,7 @@ def arguments():
     add("--top-p", type=float, default=1.0, help="nucleus, in (0, 1]")
     add("--prompts", type=int, default=3, help="held-out prompts behind the table")
     add("--figure", help="draw the grid of positions and blocks to this file; .gif: an animation")
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed_number, default=0)
     args = parser.parse_args()
     if args.prompts < 1 or args.max_new_tokens < 2:
         raise InputError("--prompts must be at least 1, --max-new-tokens at least 2")

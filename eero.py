@@ -321,7 +321,7 @@ def token_samples(evaluation, measure):
             "wrong_next": ~evaluation.right}
 
 
-def options(toy, measures):
+def options(toy, measures, seed_number):
     parser = argparse.ArgumentParser(description="Budgets on the exits of the model in toy/.")
     option = parser.add_argument
     option("--heads", default=toy / "heads.safetensors", help="a heads file for the toy")
@@ -329,7 +329,7 @@ def options(toy, measures):
     option("--beta", type=float, help="of EERO, per unit of error rate (default: chosen)")
     option("--tokens", type=int, default=30_000, help="of each split (default %(default)s)")
     option("--prompts", type=int, default=24, help="texts to write, 0: none (default %(default)s)")
-    option("--seed", type=int, default=0, help="of noise and halves (default %(default)s)")
+    option("--seed", type=seed_number, default=0, help="of noise and halves (default %(default)s)")
     option("--consult-all", action="store_true",
            help="charge all heads up to the exit, as if they were needed anyway")
     option("--figure", metavar="PATH", help="also draw accuracy and realised cost by budget")
@@ -343,8 +343,8 @@ def main():
     from appendix.budgets import compare, report, report_misses, write_under_budget
     from confidence import MEASURES
     from heads import ExitHeads, evaluate, measuring_windows
-    from model import TOY, Pythia
-    args = options(TOY, MEASURES)
+    from model import TOY, Pythia, seed_number
+    args = options(TOY, MEASURES, seed_number)
     if args.figure:
         from appendix import figures
         figures.check(args.figure)

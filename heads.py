@@ -40,8 +40,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from model import (TOY, Block, InputError, KVCache, Pythia, Tokenizer, check_form, command_line,
-                   written_whole)
+from model import (TOY, Block, InputError, KVCache, Pythia, Tokenizer, check_form, check_numbers,
+                   command_line, written_whole)
 
 # ---------------------------------------------------------------- the paper's head, and four more
 
@@ -253,10 +253,16 @@ class ExitHeads(nn.Module):
         return known
 
     def save(self, path):
-        """Write a safetensors file (F16) with description and fingerprint, atomically."""
+        """Write a safetensors file (F16) with description and fingerprint, atomically.
+
+        InputError if a weight is not a number in F16.
+        """
         info = {"kind": self.kind, "layers": self.layers, "measure": self.measure,
                 "calibration": self.calibration, "backbone": fingerprint(self.backbone[0])}
         tensors = {name: p.detach().half().contiguous() for name, p in self.named_parameters()}
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise InputError("these heads are not numbers in float16, so training diverged: "
+                             "nothing is written; use a smaller --lr")
         with written_whole(path) as temporary:
             save_file(tensors, temporary, metadata={"nanoexit": json.dumps(info)})
 
@@ -320,16 +326,17 @@ def distill_loss(heads, hidden, last, loss=kl):
     return torch.stack(sums) / len(full)
 
 
-def distill_in_chunks(heads, hidden, last, loss=kl, chunk=1024):
+def distill_in_chunks(heads, hidden, last, loss=kl, some=None, chunk=1024):
     """The same losses (M,), with the gradients of their sum added to the heads' parameters.
 
     Logits exist for `chunk` positions and one head at a time, forward and backward, so that memory
     does not grow with V x N x M. Without autograd (torch.no_grad) it only evaluates.
+    some: the positions (n,), of the N = B T, where the loss is taken (default: all).
     """
-    learn = torch.is_grad_enabled()
-    last = last.flatten(0, 1)                                             # (N, D)
+    learn, some = torch.is_grad_enabled(), slice(None) if some is None else some
+    last = last.flatten(0, 1)[some]                                       # (N, D)
     # 1. every head's body for all positions; a leaf collects the gradient that arrives at it
-    bodies = [head.body(h).flatten(0, 1) for head, h in zip(heads.heads, hidden)]
+    bodies = [head.body(h).flatten(0, 1)[some] for head, h in zip(heads.heads, hidden)]
     leaves = [body.detach().requires_grad_(learn) for body in bodies]     # (N, D) each
     total = torch.zeros(len(bodies), device=last.device)
     # 2. logits, loss and gradient, chunk by chunk
@@ -355,10 +362,18 @@ def distill_in_chunks(heads, hidden, last, loss=kl, chunk=1024):
 class Evaluation:
     """What every head said on N tokens, beside the full model. Arrays of numpy."""
     uncertainty: dict      # {measure: (N, M)}
-    choice: np.ndarray     # (N, M + 1) most likely token of each head, the full model's last
+    choice: np.ndarray     # (N, M + 1) most likely token of each head, the full model's last;
+                           # -1 where the logits are not numbers, which agrees with nothing
     agree: np.ndarray      # (N, M) is it the full model's choice?
     right: np.ndarray      # (N, M + 1) is it the true next token?
     kl: np.ndarray         # (M,) mean KL from the full model, nats
+
+
+def likeliest(logits):
+    """The most likely token (N,) of logits (N, V), or -1 where they are not numbers."""
+    token = logits.argmax(-1)             # NaN is larger than all
+    largest = logits.gather(-1, token[:, None])[:, 0]
+    return torch.where(largest.isfinite(), token, -1)
 
 
 @torch.inference_mode()
@@ -376,14 +391,14 @@ def evaluate(model, heads, ids, measures, batch=8):
         logits = [z.flatten(0, 1) for z in heads.logits(hidden)]          # M x (B T, V)
         for name, measure in measures.items():
             uncertainty[name].append(torch.stack([measure(z) for z in logits], 1).cpu())
-        choices.append(torch.stack([z.argmax(-1) for z in (*logits, full)], 1).cpu())
+        choices.append(torch.stack([likeliest(z) for z in (*logits, full)], 1).cpu())
         targets.append(rows[:, 1:].flatten().cpu())
         divergence += torch.stack([kl(full.float(), z.float()) for z in logits]).cpu()
     choice, target = torch.cat(choices).numpy(), torch.cat(targets).numpy()
     return Evaluation(
         uncertainty={name: torch.cat(parts).numpy() for name, parts in uncertainty.items()},
         choice=choice,
-        agree=choice[:, :-1] == choice[:, -1:],
+        agree=(choice[:, :-1] == choice[:, -1:]) & (choice[:, -1:] >= 0),
         right=choice == target[:, None],
         kl=divergence.numpy() / len(target))
 
@@ -434,8 +449,10 @@ def self_text(model, prefixes, length, temperatures=(0.0, 0.8), seed=0):
     cache, new, out = model.new_cache(B, length), prefixes, [prefixes]
     for _ in range(length - P):
         x = model.run(model.embed(new), 0, model.config.num_hidden_layers, cache)
-        logits = model.unembed(x[:, -1]).float()                          # (B, V)
+        logits = model.unembed(x[:, -1])                                  # (B, V)
+        check_numbers(logits.amax(-1))
         # Gumbel: argmax(z / t + g) samples softmax(z / t), and is greedy at t = 0
+        logits = logits.float()
         noise = -torch.log(torch.empty_like(logits).exponential_(generator=generator))
         new = (logits + t * noise).argmax(-1, keepdim=True)               # (B, 1)
         out.append(new)

@@ -27,7 +27,9 @@ import math
 import os
 import re
 import reprlib
+import secrets
 import sys
+import tempfile
 import time
 import unicodedata
 from contextlib import contextmanager
@@ -543,7 +545,7 @@ def splitter(contents):
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
 
-def check_numbers(spec, vocab, added):
+def check_ids(spec, vocab, added):
     """Raise InputError unless ids count up: pieces in the order of their merges, then added tokens.
 
     Only then are the ids that tiktoken gives the official library's.
@@ -575,7 +577,7 @@ class Tokenizer:
         self.spec, vocab = spec, spec["model"]["vocab"]
         added = {token["content"]: token["id"] for token in spec["added_tokens"]}
         # 1. The pieces that merges build. In GPT-NeoX the id of a piece is the rank of its merge
-        check_numbers(spec, vocab, added)
+        check_ids(spec, vocab, added)
         byte_of = {letter: byte for byte, letter in byte_letters().items()}
         self.bytes = {}
         for piece, i in vocab.items():
@@ -644,7 +646,8 @@ class Tokenizer:
 def sample(model, ids, max_new_tokens, temperature=0.0, seed=0):
     """Continue a list of ids: yield new ones one by one, greedily at temperature 0, else sampled.
 
-    It stops when the context is full. Raises InputError when ids are none or more than the context.
+    It stops when the context is full. Raises InputError when ids are none or more than the context,
+    or when logits are not numbers.
     """
     context, L = model.config.max_position_embeddings, model.config.num_hidden_layers
     device = model.embed_in.weight.device
@@ -661,10 +664,11 @@ def sample(model, ids, max_new_tokens, temperature=0.0, seed=0):
     for _ in range(steps):
         x = model.run(model.embed(new), 0, L, cache)                      # (1, T, D)
         logits = model.unembed(x[:, -1])                                  # (1, V)
+        check_numbers(logits.amax(-1))
         if temperature:
-            logits = logits.float() - logits.max()    # so that a tiny temperature cannot overflow
-            p = (logits / max(temperature, 1e-30)).softmax(-1)    # float32 ends at 1e-38
-            new = torch.multinomial(p, 1, generator=generator)
+            # a tiny temperature neither overflows nor becomes 0 in float32
+            logits = (logits.float() - logits.max()) / max(temperature, 1e-30)
+            new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         else:
             new = logits.argmax(-1, keepdim=True)                         # (1, 1)
         yield new.item()
@@ -692,16 +696,54 @@ def check_room(n, room):
         raise InputError(f"{n} tokens do not fit in a context of {room}; shorten the prompt")
 
 
-@contextmanager
-def written_whole(path):
-    """Gives a temporary path to write to, and renames it to `path` at the end.
+def check_numbers(largest):
+    """Raise InputError unless the largest logit of every position, (...), is a finite number."""
+    if not math.isfinite(largest.sum(dtype=torch.float32).item()):        # NaN is larger than all
+        name = str(largest.dtype).removeprefix("torch.")
+        raise InputError(f"the model's logits are not numbers in {name}; use float32 or bfloat16, "
+                         f"or copy the model again if its files are damaged")
 
-    A run that is killed or fails leaves the old file whole. What it wrote keeps the temporary name.
+
+def check_file(path, option):
+    """Fail before the work, not after it: InputError unless a file can be written to `path`."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {path}: there is no folder {path.parent}; make it first")
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{option} {path} is there and is no file; give another name")
+        with tempfile.TemporaryFile(dir=path.parent) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise InputError(f"{option} {path} cannot be written ({error.strerror}); "
+                         f"give another place") from None
+
+
+@contextmanager
+def written_whole(path, resume=False):
+    """Gives a temporary path beside `path` to write to, and renames it to `path` at the end.
+
+    A run that fails or is killed leaves the old file whole. What a failed one wrote is removed,
+    unless a later run is to resume it: then the temporary name is the same for all.
     """
-    temporary = Path(f"{path}.tmp")
-    yield temporary
-    os.chmod(temporary, 0o644)            # safetensors leaves its files private
-    os.replace(temporary, path)
+    unique = "" if resume else f".{secrets.token_hex(4)}"
+    temporary = Path(f"{path}{unique}.tmp")
+    try:
+        yield temporary
+        os.chmod(temporary, 0o644)        # safetensors leaves its files private
+        os.replace(temporary, path)
+    except SafetensorError as error:      # a full disk, for one
+        raise OSError(f"{path} cannot be written: {error}") from None
+    finally:
+        if not resume:
+            temporary.unlink(missing_ok=True)
+
+
+def seed_number(text):
+    """The type of a --seed: a whole number that every generator takes."""
+    if not text.isdecimal() or int(text) >= 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 to 2**63 - 1")
+    return int(text)
 
 
 def command_line(main):
@@ -719,6 +761,9 @@ def command_line(main):
     except (ValueError, OSError) as error:    # InputError, or a file that cannot be written
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except ImportError as error:
+        print(f"error: {error}; install what requirements.txt lists", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -729,7 +774,7 @@ def main():
     parser.add_argument("--model", default=TOY, help="folder or official name (default: the toy)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of sampling")
     args = parser.parse_args()
     if args.max_new_tokens < 1:
         raise InputError("--max-new-tokens must be at least 1")

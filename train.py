@@ -26,7 +26,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 import sysconfig
 import time
@@ -36,15 +35,17 @@ import torch
 from safetensors.torch import load_file
 
 from confidence import MEASURES, calibrate, obtained, unit_of
-from heads import (KINDS, ExitHeads, check_layers, distill_in_chunks, evaluate, hard, kl,
-                   measuring_text, self_text, topk_kl)
-from model import TOY, InputError, Pythia, Tokenizer, command_line, locate, written_whole
+from heads import (KINDS, ExitHeads, check_layers, distill_in_chunks, evaluate, fingerprint, hard,
+                   kl, measuring_text, self_text, topk_kl)
+from model import (TOY, InputError, Pythia, Tokenizer, check_numbers, command_line, locate,
+                   seed_number)
 
 LEVELS = [f"{0.50 + 0.01 * i:.2f}" for i in range(50)]    # 0.50 .. 0.99, kept in the heads file
 SHOWN = ("0.80", "0.90", "0.95", "0.98")                  # those in the printed table
 SPLITS = ("train", "calibration", "test")
 LOSSES = {"kl": kl, "topk": topk_kl, "hard": hard}
 MEASURED = 65536                                          # tokens to calibrate on, and to test on
+CHECKPOINT = 300                                          # seconds from one to the next
 
 # ---------------------------------------------------------------- text
 
@@ -175,19 +176,24 @@ def windows(stream, batch, length, generator):
     return torch.stack([stream[start:start + length].long() for start in starts.tolist()])
 
 
-def training_batches(args, stream, written, length, generator):
-    """For ever: windows (B, T) of the corpus, of what the model wrote, or 1/3 and 2/3."""
-    own = 0
+def training_batches(args, stream, written, length, generator, team):
+    """For ever: windows (B, T) of the corpus, of what the model wrote, or 1/3 and 2/3.
+
+    All processes draw the windows of a whole step. Each yields its own, --accumulate batches.
+    """
+    total, own = args.batch * args.accumulate * team.size, 0
     if written is not None:
-        own = args.batch if args.data == "self" else max(1, args.batch * 2 // 3)
+        own = total if args.data == "self" else max(1, total * 2 // 3)
     while True:
         rows = []
-        if own < args.batch:
-            rows.append(windows(stream, args.batch - own, length, generator))
+        if own < total:
+            rows.append(windows(stream, total - own, length, generator))
         if own:
             pick = torch.randint(len(written), (own,), generator=generator)
             rows.append(written[pick, :length])
-        yield torch.cat(rows).to(args.device)
+        batches = torch.cat(rows).split(args.batch)                       # (B, T) each
+        for ids in batches[team.rank::team.size]:
+            yield ids.to(args.device)
 
 
 def spread_windows(stream, length):
@@ -202,16 +208,17 @@ def spread_windows(stream, length):
 class Progress:
     """One updating line with rate and time left; without a terminal, a plain line now and then."""
 
-    def __init__(self, total, unit="tokens"):
-        self.total, self.unit, self.terminal = total, unit, sys.stdout.isatty()
-        self.begin = self.shown = time.perf_counter()
+    def __init__(self, total, unit="tokens", start=0):
+        self.total, self.unit, self.start = total, unit, start
+        self.terminal, self.begin = sys.stdout.isatty(), time.perf_counter()
+        self.shown = self.begin
 
     def show(self, done, text):
         now, last = time.perf_counter(), done >= self.total
         if not last and now - self.shown < (0.2 if self.terminal else 10):
             return
         self.shown = now
-        rate = done / (now - self.begin)
+        rate = max(1e-9, done - self.start) / (now - self.begin)
         digits = 0 if rate > 100 else 2
         line = f"{text}  {rate:,.{digits}f} {self.unit}/s  {(self.total - done) / rate:.0f} s left"
         if self.terminal:
@@ -274,49 +281,117 @@ def make_heads(args, model):
     return heads.requires_grad_(True).train()
 
 
-def train_heads(model, heads, batches, steps, lr, loss, metrics):
-    """AdamW, and Muon for the matrices of block heads' blocks, with warm-up and cosine decay to 0.
+class Training:
+    """What a run learns with and counts: heads, optimizer, random state, and a record per step."""
 
-    Appends each step's losses to `metrics`. Ctrl-C ends training early, not the run.
-    """
-    blocks = [head.block for head in heads.heads] if heads.kind == "block" else []
-    depths = (*heads.layers, model.config.num_hidden_layers)
-    smooth, done, progress = None, 0, Progress(steps, "steps")
-    backbone_seconds = heads_seconds = 0.0
-    try:
-        optimizer = Optimizer(heads, blocks, lr, 10 * lr, weight_decay=0.0)
-        for done in range(steps):
+    def __init__(self, model, heads, args, team):
+        blocks = [head.block for head in heads.heads] if heads.kind == "block" else []
+        self.model, self.heads, self.args, self.team = model, heads, args, team
+        self.optimizer = Optimizer(heads, blocks, args.lr, 10 * args.lr, weight_decay=0.0)
+        self.generator = torch.Generator().manual_seed(args.seed)
+        self.metrics = []                 # {"step": .., "loss_nats": [..]}
+        self.seconds = [0.0, 0.0]         # of the frozen blocks; of unembedding and heads
+
+    def clock(self):
+        if self.team.device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def some(self, N):
+        """Where the loss is taken: a random part --positions of N positions, None for all."""
+        if self.args.positions == 1:
+            return None
+        count = max(1, round(self.args.positions * N))
+        return torch.randperm(N, generator=self.generator)[:count].to(self.team.device)
+
+    def step(self, batches, notice):
+        """One step on --accumulate batches -> the heads' losses (M,), and the processes' notice."""
+        model, heads, n = self.model, self.heads, self.args.accumulate
+        depths, losses = (*heads.layers, model.config.num_hidden_layers), 0
+        for _ in range(n):
             # 1. the frozen model, once for all heads
-            ids, begin = next(batches), time.perf_counter()
+            ids, begin = next(batches), self.clock()
             with torch.no_grad():
                 *hidden, last = model.hidden_states(ids, depths)      # (B, T, D) each
-            middle = time.perf_counter()
-            # 2. the heads' losses and gradients
-            losses = distill_in_chunks(heads, hidden, last, loss)     # (M,)
-            backbone_seconds += middle - begin
-            heads_seconds += time.perf_counter() - middle
-            # 3. a step: 20 steps of warm-up, and down along a cosine
-            cosine = 0.5 + 0.5 * math.cos(math.pi * done / steps)
-            optimizer.step(min(1, (done + 1) / 20) * cosine)
-            # 4. say how it goes
+            middle = self.clock()
+            # 2. the heads' losses, and the gradients, which add up
+            loss, some = LOSSES[self.args.loss], self.some(ids.numel())
+            losses = losses + distill_in_chunks(heads, hidden, last, loss, some) / n
+            self.seconds[0] += middle - begin
+            self.seconds[1] += self.clock() - middle
+        # 3. the mean of all batches and processes
+        gradients = [p.grad for p in heads.parameters()]
+        self.team.average([*gradients, losses, notice])
+        for gradient in gradients:
+            gradient /= n
+        # 4. a step: 20 steps of warm-up, and down along a cosine
+        done = len(self.metrics)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * done / self.args.steps)
+        self.optimizer.step(min(1, (done + 1) / 20) * cosine)
+        rounded = [round(x, 5) for x in losses.tolist()]
+        self.metrics.append({"step": done + 1, "loss_nats": rounded})
+        return losses
+
+    def least_share(self):
+        """The blocks' share of the time, counting multiplications: what no code could exceed.
+
+        A matrix that learns multiplies three times: forward, and for two gradients. The frozen
+        unembedding does so once for the full model, and twice for a head that borrows it.
+        """
+        config, part = self.model.config, self.args.positions
+        blocks = config.num_hidden_layers * config.block_weights
+        unembed = part * config.hidden_size * config.vocab_size
+        others = unembed
+        for head in self.heads.heads:
+            own = {name: p.numel() for name, p in head.named_parameters() if p.dim() == 2}
+            others += 3 * part * own.pop("out.weight", 0) + 3 * sum(own.values())
+            others += 0 if head.owns_matrix else 2 * unembed
+        return blocks / (blocks + others)
+
+
+def train_heads(training, batches, folder):
+    """Train to the last of --steps, with a checkpoint every few minutes -> is all done?
+
+    Ctrl-C ends training early, not the run. SIGTERM ends it after a step and a checkpoint.
+    InputError if the losses show that training diverged.
+    """
+    steps, metrics, smooth = training.args.steps, training.metrics, None
+    progress, saved = Progress(steps, "steps", len(metrics)), time.monotonic()
+    guess = math.log(training.model.config.vocab_size)
+    try:
+        while len(metrics) < steps:
+            notice = torch.tensor([float(folder.terminated)], device=training.team.device)
+            losses = training.step(batches, notice)                   # (M,)
             smooth = losses if smooth is None else 0.95 * smooth + 0.05 * losses
-            step = done + 1
-            metrics.append({"step": step, "loss_nats": [round(x, 5) for x in losses.tolist()]})
-            progress.show(step, f"step {step:,}/{steps:,}  loss {smooth.mean():.3f} nats/token")
+            first, done = torch.tensor(metrics[0]["loss_nats"]).clamp(min=guess), len(metrics)
+            if not (smooth.cpu() < 2 * first).all():
+                raise InputError(f"training diverged: a loss of {losses.max():.3g} nats at step "
+                                 f"{done:,}; nothing is written; use a smaller --lr, or "
+                                 f"float32 or bfloat16")
+            progress.show(done, f"step {done:,}/{steps:,}  loss {smooth.mean():.3f} nats/token")
+            if notice or done == steps or time.monotonic() - saved > CHECKPOINT:
+                folder.save(training)
+                saved = time.monotonic()
+            if notice:
+                return False
     except KeyboardInterrupt:
-        print(f"\ninterrupted after {done:,} steps: calibrating what was trained "
+        if not metrics:
+            raise                         # nothing was learned
+        print(f"\ninterrupted after {len(metrics):,} steps: calibrating what was trained "
               "(Ctrl-C again to stop without)")
-    total = max(backbone_seconds + heads_seconds, 1e-9)
-    print(f"the frozen model's blocks took {backbone_seconds / total:.0%} of the training time, "
-          f"its unembedding and the heads {heads_seconds / total:.0%}")
+    if sum(training.seconds):
+        share, least = training.seconds[0] / sum(training.seconds), training.least_share()
+        print(f"the frozen model's blocks took {share:.0%} of the training time, its unembedding "
+              f"and the heads {1 - share:.0%} (counting multiplications alone, {1 - least:.0%})")
+    return True
 
 
 # ---------------------------------------------------------------- calibration and test
 
 
-def calibrate_heads(model, heads, ids):
+def calibrate_heads(model, heads, ids, team):
     """Set heads.calibration: thresholds for each of LEVELS, from windows ids (n, T + 1)."""
-    found = evaluate(model, heads, ids, {heads.measure: MEASURES[heads.measure]})
+    found = team.evaluate(model, heads, ids, {heads.measure: MEASURES[heads.measure]})
     uncertainty, calibration = found.uncertainty[heads.measure], {}               # (N, M)
     for level in LEVELS:
         pairs = zip(uncertainty.T, found.agree.T)
@@ -333,6 +408,11 @@ def test_levels(heads, test):
     return curves
 
 
+def number(x):
+    """None, JSON's null, for what is not a finite number."""
+    return x if math.isfinite(x) else None
+
+
 def records_of(heads, test, curves):
     """The test, one record per exit for metrics.jsonl: quality, and what the levels SHOWN give."""
     records = []
@@ -341,12 +421,12 @@ def records_of(heads, test, curves):
         for level in SHOWN:
             agreement, coverage = curves[level][m]
             levels[level] = {"threshold": heads.calibration[level][m], "coverage": coverage,
-                             "agreement": None if math.isnan(agreement) else agreement}
+                             "agreement": number(agreement)}
         records.append({
             "exit": layer, "agreement": test.agree[:, m].mean().item(),
-            "accuracy": test.right[:, m].mean().item(), "kl_nats": test.kl[m].item(),
+            "accuracy": test.right[:, m].mean().item(), "kl_nats": number(test.kl[m].item()),
             "measure": heads.measure,
-            "uncertainty": test.uncertainty[heads.measure][:, m].mean().item(),
+            "uncertainty": number(test.uncertainty[heads.measure][:, m].mean().item()),
             "cost_blocks": heads.heads[m].cost(), "levels": levels})
     return records
 
@@ -373,23 +453,29 @@ def describe(model, heads, test, records):
 
 
 def own_greedy_agreement(model, heads, stream, n=64):
-    """Agreement (M,) on what the model writes greedily after n pieces of 32 tokens of stream."""
-    prefixes = windows(stream, n, 32, torch.Generator().manual_seed(1))           # (n, 32)
-    length = min(160, model.config.max_position_embeddings)
+    """Agreement (M,) on what the model writes greedily after n pieces of 32 tokens of stream.
+
+    The pieces are shorter where the stream or half of the context is.
+    """
+    length = max(2, min(160, model.config.max_position_embeddings))
+    P = min(32, len(stream), length // 2)
+    prefixes = windows(stream, n, P, torch.Generator().manual_seed(1))            # (n, P)
     own = self_text(model, prefixes.to(model.embed_in.weight.device), length, (0.0,)).cpu()
     agree = evaluate(model, heads, own, {}).agree                                 # (N, M)
     agree = agree.reshape(n, length - 1, len(heads.layers))                       # (n, T, M)
-    return agree[:, 31:].mean((0, 1))                                             # not the prefixes
+    return agree[:, P - 1:].mean((0, 1))                                          # not the prefixes
 
 
-def test_heads(model, heads, splits, length, metrics):
-    """The test: printed, appended to `metrics`, and what test_levels gives, for the figure."""
-    ids = spread_windows(splits["test"], length + 1)
-    test = evaluate(model, heads, ids, {heads.measure: MEASURES[heads.measure]})
+def test_heads(model, heads, ids, stream, metrics, team):
+    """The test on windows ids (n, T + 1) and after pieces of stream (N,), printed.
+
+    It is appended to `metrics`. Returns what test_levels gives, for the figure.
+    """
+    test = team.evaluate(model, heads, ids, {heads.measure: MEASURES[heads.measure]})
     curves = test_levels(heads, test)
     records = records_of(heads, test, curves)
     describe(model, heads, test, records)
-    own = own_greedy_agreement(model, heads, splits["test"])
+    own = own_greedy_agreement(model, heads, stream)
     shares = ", ".join(f"{share:.1%} at exit {n}" for n, share in zip(heads.layers, own))
     print("\non the model's own greedy text, which a decoder meets "
           f"(64 continuations of test prefixes): agreement {shares}")
@@ -401,73 +487,77 @@ def test_heads(model, heads, splits, length, metrics):
 # ---------------------------------------------------------------- the run
 
 
-def write_run(out, heads, metrics, curves, report):
-    """Make the run's files in a folder beside `out`, then move each into place.
-
-    A killed run leaves old files whole. curves None: the test was interrupted, there is no report.
-    """
-    out = Path(out).resolve()
-    fresh = out.with_name(out.name + ".tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    heads.save(fresh / "heads.safetensors")
-    with written_whole(fresh / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(m) + "\n" for m in metrics), "utf-8")
-    if curves:
-        report(fresh / "report.png", heads, metrics, curves)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.png").unlink(missing_ok=True)          # none of an earlier run stays
-    for file in sorted(fresh.iterdir(), reverse=True):    # the heads last
-        os.replace(file, out / file.name)
-    fresh.rmdir()
+def settings_of(args, heads, team):
+    """What a checkpoint must have in common with the run that goes on from it."""
+    names = ("loss", "data", "steps", "batch", "accumulate", "positions", "length", "lr", "seed")
+    return {**{name: getattr(args, name) for name in names}, "layers": heads.layers,
+            "head": heads.kind, "start": str(args.start), "processes": team.size,
+            "model": fingerprint(heads.backbone[0])}
 
 
-def check_out(out):
-    """Fail before the work, not after it: `out` must be a folder, or be able to become one."""
-    out = Path(out).resolve()
-    parent = next(p for p in (out, *out.parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"--out {out}: {parent} is not a folder that can be written to")
-
-
-def run_heads(args, report, read_corpus):
-    """The main job with the command line's options. report: the function that draws report.png.
-
-    read_corpus: the function that reads a user's own text.
-    """
-    # 1. model, heads and text
-    torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
+def load_all(args, read_corpus):
+    """The run's model, heads, texts as of load_text, and tokens per window. InputError if unfit."""
     folder = locate(args.model)
     tokenizer = Tokenizer.load(folder)
     model = Pythia.from_pretrained(folder, args.device, getattr(torch, args.dtype))
     heads = make_heads(args, model)
-    length = min(args.length, model.config.max_position_embeddings - 1)
+    length = max(1, min(args.length, model.config.max_position_embeddings - 1))
     splits, written = load_text(args, model, tokenizer, length, read_corpus)
+    for ids in splits.values():
+        check_numbers(model(ids[None, :length].long().to(args.device)).amax(-1))
     own = "" if written is None else f", {written.numel():,} written by the model"
     print(f"{heads.kind} heads at layers {listed(heads.layers)} of {len(model.layers)}: "
           f"{sum(p.numel() for p in heads.parameters()):,} parameters; "
           f"{len(splits['train']):,} training tokens of text{own}", flush=True)
-    # 2. training
-    metrics, curves, begin = [], None, time.perf_counter()
+    return model, heads, splits, written, length
+
+
+def run_heads(args, folder, team, read_corpus, report):
+    """The main job. folder, team: where it is kept, and who works (appendix/runs.py, team.py).
+
+    read_corpus: the function that reads a user's own text; report: the one that draws report.png.
+    """
+    # 1. model, heads and text
+    begin = time.perf_counter()
+    torch.manual_seed(args.seed)
+    model, heads, splits, written, length = load_all(args, read_corpus)
+    training = Training(model, heads, args, team)
+    # 2. training; from here on the heads are kept, whatever comes
     if args.steps:
-        batches = training_batches(args, splits["train"], written, length, generator)
-        train_heads(model, heads, batches, args.steps, args.lr, LOSSES[args.loss], metrics)
+        settings = settings_of(args, heads, team)
+        folder.prepare(training, settings, args.resume)
+        batches = training_batches(args, splits["train"], written, length, training.generator, team)
+        with folder.listening():
+            if not train_heads(training, batches, folder):
+                print(f"stopped after {len(training.metrics):,} steps: --resume goes on from there")
+                sys.exit(143)             # as a process that SIGTERM ends
     heads.eval()
     with torch.no_grad():
         for p in heads.parameters():
             p.copy_(p.half())             # calibrate what the file will hold: F16
     # 3. calibration and test
+    metrics, curves, trouble = training.metrics, None, None
+    complete = len(metrics) == args.steps
     try:
-        calibrate_heads(model, heads, spread_windows(splits["calibration"], length + 1))
-        curves = test_heads(model, heads, splits, length, metrics)
-    except KeyboardInterrupt:
-        without = "" if heads.calibration else " without calibration"
-        print(f"\nstopped: the heads are kept{without}")
+        windows_of = {split: spread_windows(splits[split], length + 1) for split in SPLITS[1:]}
+        calibrate_heads(model, heads, windows_of["calibration"], team)
+        curves = test_heads(model, heads, windows_of["test"], splits["test"], metrics, team)
+    except (Exception, KeyboardInterrupt) as error:
+        trouble = error
+        if not (metrics or heads.calibration):    # nothing was learned
+            raise
     # 4. the run folder
-    write_run(args.out, heads, metrics, curves, report)
-    names = "heads.safetensors, metrics.jsonl" + (" and report.png" if curves else "")
-    print(f"\nwrote {Path(args.out) / names} after {time.perf_counter() - begin:.0f} s")
+    names = folder.write(heads, metrics, curves, report)
+    if complete:
+        folder.forget()
+    without = "" if heads.calibration else " without calibration"
+    if isinstance(trouble, KeyboardInterrupt):
+        print(f"\nstopped: the heads are kept{without}")
+    elif trouble:
+        raise InputError(f"the heads are kept in {args.out}{without}; the run ended in "
+                         f"{type(trouble).__name__}: {trouble}") from trouble
+    print(f"\nwrote {Path(args.out) / ', '.join(names)} "
+          f"after {time.perf_counter() - begin:.0f} s")
 
 
 def layer_list(text):
@@ -490,26 +580,35 @@ def main():
     add("--data", default="stdlib", help="stdlib (default), a text or .jsonl file, a folder of "
         "them, or minipile; self: text that the model writes; X+self: both")
     add("--steps", type=int, default=100, help="training steps")
-    add("--batch", type=int, default=8, help="windows per step")
+    add("--batch", type=int, default=8, help="windows at a time")
+    add("--accumulate", type=int, default=1, help="batches per step, their gradients added up")
+    add("--positions", type=float, default=1.0,
+        help="share of the positions that the loss is taken at, at random (default: all)")
     add("--length", type=int, default=512, help="tokens per window")
     add("--lr", type=float, default=2e-3, help="AdamW's peak learning rate; Muon's is ten times it")
     add("--model", default=TOY, help="folder or official name (default: the toy)")
     add("--device", default="cpu", help="cpu or cuda")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
         help="of the backbone")
-    add("--seed", type=int, default=0)
-    add("--out", default="run", help="folder for the results")
+    add("--seed", type=seed_number, default=0)
+    add("--out", default="run", help="folder for the results, and for a checkpoint meanwhile")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     args = parser.parse_args()
     fewest = 1 if args.start in ("lens", "random") else 0
-    if args.steps < fewest or min(args.batch, args.length) < 1 or not 0 < args.lr < math.inf:
-        raise InputError("--steps, --batch, --length and --lr must be positive "
+    if args.steps < fewest or min(args.batch, args.accumulate, args.length) < 1:
+        raise InputError("--steps, --batch, --accumulate and --length must be positive "
                          "(--steps may be 0 with --start FILE)")
+    if not 0 < args.lr < math.inf or not 0 < args.positions <= 1:
+        raise InputError("--lr must be positive, and --positions above 0 and at most 1")
     if args.device != "cpu" and not torch.cuda.is_available():
         raise InputError(f"--device {args.device}: no such device here; use cpu")
-    check_out(args.out)
     from appendix.corpus import read_corpus
     from appendix.figures import report
-    run_heads(args, report, read_corpus)
+    from appendix.runs import RunFolder
+    from appendix.team import Team
+    with Team(args.device) as team, RunFolder(args.out, team.rank) as folder:
+        args.device = team.device
+        run_heads(args, folder, team, read_corpus, report)
 
 
 if __name__ == "__main__":

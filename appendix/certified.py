@@ -37,7 +37,7 @@ import numpy as np
 from confidence import (LEVELS, MEASURES, calibrate, check_level, checked, cumulate, obtained,
                         print_levels)
 from heads import ExitHeads, evaluate, measuring_windows
-from model import TOY, InputError, Pythia, command_line
+from model import TOY, InputError, Pythia, command_line, seed_number
 
 STEPS = 100      # thresholds that are tried
 STARTS = 5       # evenly spread places where a sequence of tests starts; one more is chosen
@@ -182,7 +182,8 @@ def main():
     parser.add_argument("--heads", default=TOY / "heads.safetensors", help="of the toy (its own)")
     parser.add_argument("--measure", choices=MEASURES, help="of uncertainty (the heads' own)")
     parser.add_argument("--delta", type=float, default=0.05, help="of an error (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the placing tokens (%(default)s)")
+    parser.add_argument("--seed", type=seed_number, default=0,
+                        help="of the placing tokens (%(default)s)")
     args = parser.parse_args()
     if args.tokens < 256:
         raise InputError(f"--tokens {args.tokens}: at least one window of 256 tokens is needed")

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt   # noqa: E402
 
 from confidence import unit_of    # noqa: E402
 from dssd import terminal_colour  # noqa: E402
-from model import InputError, written_whole   # noqa: E402
+from model import InputError, check_file, written_whole   # noqa: E402
 
 BLUE, GREEN, SKY, GREY, BLACK = "#0072b2", "#009e73", "#56b4e9", "#777777", "#222222"
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
@@ -37,8 +37,7 @@ def check(path, endings=(".png", ".svg", ".pdf")):
     path = Path(path)
     if path.suffix not in endings:
         raise InputError(f"--figure {path}: its name must end in {' or '.join(endings)}")
-    if not path.parent.is_dir():
-        raise InputError(f"--figure {path}: there is no folder {path.parent}; make it first")
+    check_file(path, "--figure")
 
 
 @contextmanager

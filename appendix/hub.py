@@ -150,7 +150,7 @@ def fetch(url, path, size=None, sha256=None, tries=3):
     is kept for the next run. A file that fails a check is deleted.
     Raises FileNotFoundError where the server has no such file, InputError for any other failure.
     """
-    with written_whole(path) as part:
+    with written_whole(path, resume=True) as part:
         headers = receive_all(url, part, size, sha256, tries)
         if not sha256:
             announced = headers.get("x-linked-etag", headers.get("etag", ""))

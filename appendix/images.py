@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps           # Pillow comes with matplotlib
 from torch.optim.lr_scheduler import OneCycleLR
 
-from model import InputError, command_line, written_whole
+from model import InputError, command_line, seed_number, written_whole
 
 # ---------------------------------------------------------------- two networks with exits
 
@@ -517,7 +517,7 @@ def options():
     option("--width", type=int, help="channels of the first stage (default 64; shapes 8)")
     option("--epochs", type=int, help="over the training images (default 30; shapes 5)")
     option("--seeds", type=int, default=1, help="networks to train and average (default 1)")
-    option("--seed", type=int, default=0, help="the first seed (default 0)")
+    option("--seed", type=seed_number, default=0, help="the first seed (default 0)")
     option("--beta", type=float, help="of EERO, per unit of error rate (default: chosen)")
     option("--figure", metavar="PATH", help="also draw accuracy and cost by budget")
     args = parser.parse_args()

@@ -28,19 +28,18 @@ Expect a line per curve or per library. The last line of stdout is one JSON obje
 import argparse
 import time
 from dataclasses import replace
-from pathlib import Path
 from statistics import median_high
 from typing import NamedTuple
 
 import torch
 
-from appendix import figures
 from appendix.fast import fast
 from bench import (bandwidth, cost_of, finish, hardware, middle_of,
                    run_in_turn)
 from dssd import DSSD, EarlyExit, Plain, always
 from heads import ExitHeads, held_out_prompts, measuring_windows
-from model import TOY, InputError, Pythia, Tokenizer, command_line, locate, official_name
+from model import (TOY, InputError, Pythia, Tokenizer, check_file, command_line, locate,
+                   official_name)
 
 # ------------------------------------------------------------ a wider model of the same function
 
@@ -116,14 +115,20 @@ def fill_output(wider, narrow, norm, r):
 PEERS = {"transformers generate": {}, "transformers lookup": {"prompt_lookup_num_tokens": 10}}
 
 
-def peer_of(model):
-    """transformers' GPT-NeoX with this model's weights. InputError where it is not installed."""
+def peer_classes():
+    """transformers' config and model of a GPT-NeoX. InputError where it is not installed."""
     try:
         from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
     except ImportError:
         raise InputError("--peer transformers: it is not installed; pip install transformers, "
                          "or leave --peer out") from None
-    peer = GPTNeoXForCausalLM(GPTNeoXConfig.from_dict(model.config.to_dict()))
+    return GPTNeoXConfig, GPTNeoXForCausalLM
+
+
+def peer_of(model):
+    """transformers' GPT-NeoX with this model's weights."""
+    config, architecture = peer_classes()
+    peer = architecture(config.from_dict(model.config.to_dict()))
     weights = {official_name(name): p for name, p in model.named_parameters()}
     if hasattr(peer, "lm_head"):  # the unembedding's name since version 5
         weights["lm_head.weight"] = weights.pop("embed_out.weight")
@@ -328,10 +333,12 @@ def check(args):
     if args.peer and args.device != "cpu":
         raise InputError("--peer compares on the CPU; leave --device out")
     if args.figure:
+        from appendix import figures
         figures.check(args.figure)
-    folder = Path(args.json or "").parent
-    if not folder.is_dir():
-        raise InputError(f"--json: there is no folder {folder}; make it first")
+    if args.json:
+        check_file(args.json, "--json")
+    if args.peer:
+        peer_classes()
 
 
 def dssd_maker(level):
@@ -368,6 +375,7 @@ def main():
                         new_tokens=args.max_new_tokens, repeats=args.repeats)
         record["gigabytes_per_second"] = speed / 1e9
         if args.figure:
+            from appendix import figures
             figures.growth(args.figure, record)
             print(f"wrote {args.figure}")
     else:

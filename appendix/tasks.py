@@ -35,7 +35,7 @@ from bench import finish
 from confidence import MEASURES, is_certain
 from dssd import always
 from heads import ExitHeads, measuring_windows
-from model import TOY, InputError, Pythia, Tokenizer, command_line, locate
+from model import TOY, InputError, Pythia, Tokenizer, check_file, command_line, locate
 from train import Progress
 
 # -------------------------------------------------------- the tasks and their files
@@ -451,9 +451,8 @@ def arguments():
     check(args.tasks.split(","), args.task_dir, args.limit)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no such device here; use cpu")
-    folder = Path(args.json or "").parent
-    if not folder.is_dir():
-        raise InputError(f"--json: there is no folder {folder}; make it first")
+    if args.json:
+        check_file(args.json, "--json")
     return args
 
 

@@ -30,9 +30,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from model import (TOY, InputError, Pythia, PythiaConfig, Tokenizer, byte_letters, command_line,
-                   official_name, written_whole)
-from train import Optimizer, Progress, check_out, split_of, stdlib_documents, tokens_of, windows
+from appendix.runs import RunFolder
+from model import (TOY, InputError, Pythia, PythiaConfig, Tokenizer, byte_letters, check_file,
+                   command_line, official_name, seed_number, written_whole)
+from train import Optimizer, Progress, split_of, stdlib_documents, tokens_of, windows
 
 # ---------------------------------------------------------------- the tokenizer
 
@@ -302,18 +303,17 @@ def main():
     parser.add_argument("--tokens", type=int, default=9_830_400, help="tokens to train on")
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile (needs a C++ compiler)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     args = parser.parse_args()
     if args.text:
-        if not Path(args.text).resolve().parent.is_dir():
-            raise InputError(f"--text {args.text}: its folder does not exist; make it first")
+        check_file(args.text, "--text")
         write_text(args.text, stdlib_documents(), Tokenizer.load(TOY))
         return
     if args.tokens < 4096:
         raise InputError("--tokens must be at least 4,096: one step of the model's training")
-    check_out(args.out)
-    train_backbone(args.out, stdlib_documents(), stdlib_documents(tests=True), args.tokens,
-                   args.seed, args.compile)
+    with RunFolder(args.out):
+        train_backbone(args.out, stdlib_documents(), stdlib_documents(tests=True), args.tokens,
+                       args.seed, args.compile)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def test_bad_options(tmp_path, toy_tokenizer):
     short = ("--out", tmp_path / "b", "--tokens", 100)
     assert_refused(call(A, *short), "at least 4,096")
     assert_refused(call(A), "one of the arguments --out --text is required")
-    assert_refused(call(A, "--text", tmp_path / "absent" / "text"), "folder does not exist")
+    assert_refused(call(A, "--text", tmp_path / "absent" / "text"), "there is no folder")
     with pytest.raises(ValueError, match="32 pieces of 2,048"):
         A.write_text(tmp_path / "text.safetensors", [("a.py", "x = 1\n")], toy_tokenizer)
     with pytest.raises(ValueError, match="too small"):

@@ -12,12 +12,23 @@ from safetensors.torch import load_file
 
 import train as T
 from appendix.corpus import read_corpus
+from appendix.runs import RunFolder
+from appendix.team import Team
 from appendix.toy import save_model
 from conftest import ROOT, TOY, assert_refused, call, run, tiny
 from heads import ExitHeads, measuring_text
 from model import Pythia, Tokenizer
 
 FAST = ("--steps", 3, "--batch", 2, "--length", 64)
+
+
+def learn(model, heads, batches, steps, folder, **options):
+    """Train heads on batches -> the Training, when all is done or Ctrl-C came."""
+    args = SimpleNamespace(steps=steps, lr=1e-3, loss="kl", accumulate=1, positions=1, seed=0)
+    vars(args).update(options)
+    training = T.Training(model, heads, args, Team())
+    assert T.train_heads(training, batches, RunFolder(folder))
+    return training
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +137,7 @@ def test_training_goes_on_from_a_heads_file(tmp_path, small, small_run):
     assert heads.measure == "entropy" and not heads.calibration
     before = load_file(start)
     assert all(torch.equal(p, before[name].float()) for name, p in heads.named_parameters())
-    T.train_heads(model, heads, iter(torch.randint(0, 2048, (1, 2, 20))), 1, 1e-3, T.kl, [])
+    learn(model, heads, iter(torch.randint(0, 2048, (1, 2, 20))), 1, tmp_path)
     assert not any(torch.equal(p, before[name].float()) for name, p in heads.named_parameters())
     options = ("--model", small, "--start", start, "--out", tmp_path / "run")
     assert_refused(call(T, *options, "--head", "block"), "holds linear heads at layers 1, 3")
@@ -174,7 +185,7 @@ def test_the_library_is_measured_on_the_text_that_is_everyones(library, toy_toke
 # ---------------------------------------------------------------- training
 
 
-def test_muon_takes_the_blocks_matrices_and_adamw_all_the_rest():
+def test_muon_takes_the_blocks_matrices_and_adamw_all_the_rest(tmp_path):
     model = tiny()
     heads = ExitHeads(model, [1, 3], "block")
     optimizer = T.Optimizer(heads, [head.block for head in heads.heads], 1e-3, 1e-2)
@@ -183,7 +194,7 @@ def test_muon_takes_the_blocks_matrices_and_adamw_all_the_rest():
     assert sorted(map(id, adamw + muon)) == sorted(map(id, heads.parameters()))
     before = [p.clone() for p in heads.parameters()]
     batches = iter([torch.randint(0, 96, (2, 20)) for _ in range(3)])
-    T.train_heads(model, heads, batches, 3, 1e-3, T.kl, [])
+    learn(model, heads, batches, 3, tmp_path)
     assert not any(torch.equal(a, b) for a, b in zip(before, heads.parameters()))
     without = T.Optimizer(heads, [], 1e-3, 1e-2)
     assert [len(part.param_groups[0]["params"]) for part, _ in without.parts] == [len(before)]
@@ -213,18 +224,19 @@ def test_without_muon_adamw_trains_all(monkeypatch, capsys):
     assert len(adamw.param_groups[0]["params"]) == len(list(heads.parameters()))
 
 
-def test_ctrl_c_ends_training_only(capsys):
+def test_ctrl_c_ends_training_only(capsys, tmp_path):
     def interrupted():
         for _ in range(2):
             yield torch.randint(0, 96, (2, 20))
         raise KeyboardInterrupt
 
-    model, metrics = tiny(), []
-    T.train_heads(model, ExitHeads(model, [1, 3]), interrupted(), 10, 1e-3, T.kl, metrics)
-    assert [m["step"] for m in metrics] == [1, 2]
+    model = tiny()
+    training = learn(model, ExitHeads(model, [1, 3]), interrupted(), 10, tmp_path)
+    assert [m["step"] for m in training.metrics] == [1, 2]
     assert "interrupted after 2 steps" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_trained_and_a_kill_leaves_old_files(tmp_path, text, small):
     out = tmp_path / "run"
     out.mkdir()
@@ -241,7 +253,7 @@ def test_ctrl_c_keeps_what_was_trained_and_a_kill_leaves_old_files(tmp_path, tex
                                    preexec_fn=listen)
         assert "linear heads at layers 2" in process.stdout.readline()
         if number == signal.SIGINT:
-            time.sleep(1)                            # so that it is training
+            time.sleep(5)                            # so that it is training
         process.send_signal(number)
         printed, _ = process.communicate(timeout=120)
         if number == signal.SIGKILL:
@@ -256,7 +268,8 @@ def test_no_report_of_an_earlier_run_stays_beside_new_heads(tmp_path):
     out.mkdir()
     (out / "report.png").write_bytes(b"old")
     (out / "notes.txt").write_text("not ours")
-    T.write_run(out, ExitHeads(tiny(), [1]), [{"step": 1}], None, None)
+    with RunFolder(out) as folder:
+        folder.write(ExitHeads(tiny(), [1]), [{"step": 1}], None, None)
     files = sorted(p.name for p in out.iterdir())
     assert files == ["heads.safetensors", "metrics.jsonl", "notes.txt"]
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
