@@ -43,8 +43,8 @@ import torch
 
 from dssd import DSSD, EarlyExit, LayerSkip, Plain, generate, ratio, seconds, summarize
 from heads import ExitHeads, held_out_prompts
-from model import (TOY, InputError, Pythia, Tokenizer, check_file, command_line, locate, seed_number,
-                   written_whole)
+from model import (TOY, InputError, Pythia, Tokenizer, check_file, command_line, locate,
+                   seed_number, written_whole)
 
 LEVELS = (0.80, 0.90, 0.95)
 DRAFT_LENGTHS = (1, 2, 3, 4, 5, 6, 10, 15)       # LayerSkip's grid, for every exit

@@ -740,9 +740,9 @@ def written_whole(path, resume=False):
 
 
 def seed_number(text):
-    """The type of a --seed: a whole number that every generator takes."""
-    if not text.isdecimal() or int(text) >= 2 ** 63:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 to 2**63 - 1")
+    """The type of a --seed: a whole number that every generator takes, with some added too."""
+    if not text.isdecimal() or int(text) >= 2 ** 62:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 to 2**62 - 1")
     return int(text)
 
 

@@ -504,7 +504,7 @@ def load_all(args, read_corpus):
     length = max(1, min(args.length, model.config.max_position_embeddings - 1))
     splits, written = load_text(args, model, tokenizer, length, read_corpus)
     for ids in splits.values():
-        check_numbers(model(ids[None, :length].long().to(args.device)).amax(-1))
+        check_numbers(model(ids[None, :length].long().to(args.device))[0].amax(-1))
     own = "" if written is None else f", {written.numel():,} written by the model"
     print(f"{heads.kind} heads at layers {listed(heads.layers)} of {len(model.layers)}: "
           f"{sum(p.numel() for p in heads.parameters()):,} parameters; "

@@ -526,8 +526,8 @@ def options():
         raise InputError("--download needs --data DIR, the folder to write to")
     if any(number is not None and number < 1 for number in numbers):
         raise InputError("--side, --width, --epochs and --seeds must be at least 1")
-    if not 0 <= args.seed < 1 << 62 or args.beta is not None and not args.beta >= 0:
-        raise InputError("--beta and --seed must be at least 0, --seed below 2^62")
+    if args.beta is not None and not args.beta >= 0:
+        raise InputError("--beta must be at least 0")
     return args
 
 

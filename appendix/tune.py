@@ -100,7 +100,8 @@ def show(costs, heads):
 def hard_texts(tokenizer):
     """{name: ids} to cut prompts from: code, English (Python's help topics), random tokens."""
     english = tokenizer.encode("\n".join(topics.values()))
-    noise = torch.randint(tokenizer.vocab_size, (30000,), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(tokenizer.vocab_size, (30000,), generator=generator)
     return {"code": measuring_text("test", tokenizer).tolist(), "English": english,
             "random": noise.tolist()}
 
