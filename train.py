@@ -268,7 +268,9 @@ def make_heads(args, model):
     if layers is not None:
         check_layers(layers, L)
     if args.start in ("lens", "random"):
-        layers = layers or sorted({max(1, L * i // 4) for i in (1, 2, 3)})
+        # the toy is shallow: 3 exits; elsewhere 4, as in the paper
+        parts = 4 if Path(args.model).resolve() == TOY.resolve() else 5
+        layers = layers or sorted({max(1, L * i // parts) for i in range(1, parts)})
         kind, measure = args.head or "linear", args.measure or "entropy"
         return ExitHeads(model, layers, kind, args.start, measure).float().train()
     if not Path(args.start).exists():
@@ -333,8 +335,8 @@ class Training:
         self.metrics.append({"step": done + 1, "loss_nats": rounded})
         return losses
 
-    def least_share(self):
-        """The blocks' share of the time, counting multiplications: what no code could exceed.
+    def multiplications(self):
+        """Multiply-adds per token: of the blocks, and of unembedding and heads.
 
         A matrix that learns multiplies three times: forward, and for two gradients. The frozen
         unembedding does so once for the full model, and twice for a head that borrows it.
@@ -347,7 +349,7 @@ class Training:
             own = {name: p.numel() for name, p in head.named_parameters() if p.dim() == 2}
             others += 3 * part * own.pop("out.weight", 0) + 3 * sum(own.values())
             others += 0 if head.owns_matrix else 2 * unembed
-        return blocks / (blocks + others)
+        return blocks, others
 
 
 def train_heads(training, batches, folder):
@@ -381,7 +383,9 @@ def train_heads(training, batches, folder):
         print(f"\ninterrupted after {len(metrics):,} steps: calibrating what was trained "
               "(Ctrl-C again to stop without)")
     if sum(training.seconds):
-        share, least = training.seconds[0] / sum(training.seconds), training.least_share()
+        share = training.seconds[0] / sum(training.seconds)
+        blocks, others = training.multiplications()
+        least = blocks / (blocks + others)            # what no code could exceed
         print(f"the frozen model's blocks took {share:.0%} of the training time, its unembedding "
               f"and the heads {1 - share:.0%} (counting multiplications alone, {1 - least:.0%})")
     return True
@@ -572,7 +576,8 @@ def layer_list(text):
 def main():
     parser = argparse.ArgumentParser(description="Train, calibrate and test exit heads.")
     add = parser.add_argument
-    add("--layers", type=layer_list, help="blocks before each exit (default: quarter points)")
+    add("--layers", type=layer_list, help="blocks before each exit (default: at 1/5 .. 4/5 of the "
+        "depth, as in the paper; of the toy at the quarters: 4,8,12)")
     add("--head", choices=KINDS, help="kind of head (default: linear)")
     add("--start", default="lens", help="lens (default): the model's own norm and unembedding; "
         "random; or a heads file: its kind and layers stay, and --steps 0 only calibrates it anew")
@@ -594,6 +599,8 @@ def main():
     add("--seed", type=seed_number, default=0)
     add("--out", default="run", help="folder for the results, and for a checkpoint meanwhile")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    add("--dry-run", action="store_true",
+        help="only print what the run needs: heads, memory, time; loads and writes nothing")
     args = parser.parse_args()
     fewest = 1 if args.start in ("lens", "random") else 0
     if args.steps < fewest or min(args.batch, args.accumulate, args.length) < 1:
@@ -608,9 +615,13 @@ def main():
     from appendix.runs import RunFolder
     from appendix.team import Team
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    with Team(args.device) as team, RunFolder(args.out, team.rank) as folder:
+    with Team(args.device) as team:
         args.device = team.device
-        run_heads(args, folder, team, read_corpus, report)
+        if args.dry_run:
+            from appendix.plan import plan
+            return plan(args, team)
+        with RunFolder(args.out, team.rank) as folder:
+            run_heads(args, folder, team, read_corpus, report)
 
 
 if __name__ == "__main__":
