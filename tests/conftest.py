@@ -40,7 +40,7 @@ def shaken(model, layers=(1, 2, 3), kind="linear", seed=0, measure="entropy"):
     heads = ExitHeads(model, list(layers), kind, measure=measure)
     with torch.no_grad():
         for p in heads.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+            p.add_(0.1 * torch.randn(p.shape))    # drawn in float32: the same for every type
     return heads
 
 

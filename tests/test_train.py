@@ -19,6 +19,7 @@ from conftest import ROOT, TOY, assert_refused, call, run, tiny
 from heads import ExitHeads, measuring_text
 from model import Pythia, Tokenizer
 
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
 FAST = ("--steps", 3, "--batch", 2, "--length", 64)
 
 
@@ -185,6 +186,7 @@ def test_the_library_is_measured_on_the_text_that_is_everyones(library, toy_toke
 # ---------------------------------------------------------------- training
 
 
+@needs_muon
 def test_muon_takes_the_blocks_matrices_and_adamw_all_the_rest(tmp_path):
     model = tiny()
     heads = ExitHeads(model, [1, 3], "block")
@@ -200,6 +202,7 @@ def test_muon_takes_the_blocks_matrices_and_adamw_all_the_rest(tmp_path):
     assert [len(part.param_groups[0]["params"]) for part, _ in without.parts] == [len(before)]
 
 
+@needs_muon
 def test_a_step_of_muon_is_nearly_orthogonal():
     torch.manual_seed(0)
     for rows, columns in ((16, 40), (40, 16)):
@@ -216,7 +219,7 @@ def test_a_step_of_muon_is_nearly_orthogonal():
 
 
 def test_without_muon_adamw_trains_all(monkeypatch, capsys):
-    monkeypatch.delattr(torch.optim, "Muon")
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
     heads = ExitHeads(tiny(), [1, 3], "block")
     optimizer = T.Optimizer(heads, [head.block for head in heads.heads], 1e-3, 1e-2)
     assert "this torch has no Muon" in capsys.readouterr().out
