@@ -50,7 +50,6 @@ from model import (TOY, InputError, Pythia, Tokenizer, check_numbers, command_li
                    seed_number)
 
 MEMORY, GUESS = 0.98, 0.25        # a Record keeps this share at every answer; weight of its guess
-CAUTION = 1.2                     # gains are estimates, and the best of several flatter: ByGain
 
 # ---------------------------------------------------------------- policies
 
@@ -495,7 +494,7 @@ class ByGain:
             self.refusal[s], mean = value, 0.0
             for share, p in self.records[s].bins():
                 mean += share * max(self.gain(s, p), value)
-            values.insert(0, mean - CAUTION * self.costs.question[s])
+            values.insert(0, mean - self.costs.question[s])
             if values[0] > value:
                 value = values[0]
                 exits.insert(0, s)
@@ -508,7 +507,7 @@ class ByGain:
         return exits
 
     def gain(self, s, p):
-        return self.kept * p * self.token_ms - CAUTION * self.costs.further[s]
+        return self.kept * p * self.token_ms - self.costs.further[s]
 
     def drafts(self, s, z, answer):
         record = self.records[s]

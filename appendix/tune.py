@@ -46,11 +46,12 @@ def costs_at(positions, decoder, heads, temperature, new, repeats):
     policies = {"plain": Plain()}
     for exit in heads.layers:
         policies[exit] = LayerSkip(heads, exit, DRAFTS)
-    times = {name: [] for name in policies}
+    times, drafts = {name: [] for name in policies}, {}
     # in turn: a slow moment of the machine is everyone's; the first round warms up
     for i in range(repeats + 1):
         for name, policy in policies.items():
             done = generate(decoder, [1] * positions, new, policy, temperature=temperature)
+            drafts[name] = summarize(policy, [done]).draft_length         # the last is shorter
             if i:
                 times[name].append(1000 * done.decode_seconds / len(done.log.rounds))
     plain, question, further = median(times["plain"]), [], []
@@ -59,7 +60,7 @@ def costs_at(positions, decoder, heads, temperature, new, repeats):
         question.append(asked)
         # by pairs, since the machine's speed changes from moment to moment
         ratios = [spent / alone for spent, alone in zip(times[exit], times["plain"])]
-        draft = plain * (median(ratios) - 1) / DRAFTS
+        draft = plain * (median(ratios) - 1) / drafts[exit]
         further.append(max(0.0, draft - asked))
     return Costs(positions, plain, question, further)
 

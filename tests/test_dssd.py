@@ -276,11 +276,9 @@ def test_the_rule_by_hand():
     rule = ByGain(AutoDSSD(heads, priced(10.0, 0.5, 2.0, 2)), 100, D.Choice(0.0, 1.0, None))
     for record, chances in zip(rule.records, ((0.9, 0.1), (0.8, 0.7))):
         record.seen, record.right = [1.0, 1.0], list(chances)
-    # exit 3: mean of 0.8 x 10 and 0.7 x 10, less the costs. Exit 1 drafts only if that is more
-    c = D.CAUTION
-    deeper = (8 + 7) / 2 - c * (2.0 + 0.5)
-    assert rule.exits_to_ask(0) == ([0, 1] if (9 - c * 2 + deeper) / 2 - c * 0.5 > deeper else [1])
-    assert rule.refusal == pytest.approx([deeper, 0.0])
+    # exit 3: the mean of 0.8 x 10 and 0.7 x 10, less 2.0 and 0.5. Exit 1: (9 - 2 + 5) / 2 - 0.5
+    assert rule.exits_to_ask(0) == [0, 1]
+    assert rule.refusal == pytest.approx([5.0, 0.0])
     # with little hope for the drafts before it, a further one does not pay
     rule.kept = 0.25
     assert rule.exits_to_ask(1) == []
