@@ -105,3 +105,23 @@ def test_the_readmes_files_exist_and_its_options_are_known():
         for word in words:
             if word.startswith("--"):
                 assert word in helps[start], command
+
+
+def test_the_map_names_what_exists():
+    """Every file, function and line count that README.md names; no page is wide, and it stays a README."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    named = re.findall(r"`((?:appendix\.)?\w+)\.(\w+)`", text)
+    named = [(module, name) for module, name in named if module.split(".")[0] in (*CHAPTERS, "appendix") and name != "py"]
+    assert len(named) >= 30
+    for module, name in named:
+        assert hasattr(importlib.import_module(module), name), (module, name)
+    counts = re.findall(r"`(\w+\.py)` \| (\d+) \|", text)
+    assert {name for name, _ in counts} == {path.name for path in FILES} - {"__init__.py"}
+    for name, count in counts:
+        path = ROOT / name if (ROOT / name).exists() else ROOT / "appendix" / name
+        assert abs(len(path.read_text("utf-8").splitlines()) - int(count)) <= 0.05 * int(count), name
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / link).exists(), link
+    assert len(text.splitlines()) < 180
+    for page in ("README.md", "toy/README.md", "appendix/exercises.md"):
+        assert all(len(line) <= 120 for line in (ROOT / page).read_text("utf-8").splitlines()), page

@@ -3,7 +3,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -254,9 +253,10 @@ def test_ctrl_c_keeps_what_was_trained_and_a_kill_leaves_old_files(tmp_path, tex
     for number in (signal.SIGKILL, signal.SIGINT):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
                                    preexec_fn=listen)
-        assert "linear heads at layers 2" in process.stdout.readline()
-        if number == signal.SIGINT:
-            time.sleep(5)                            # so that it is training
+        # until its heads are made, or until it trains
+        started = "linear heads at layers 2" if number == signal.SIGKILL else "step "
+        while not process.stdout.readline().startswith(started):
+            assert process.poll() is None
         process.send_signal(number)
         printed, _ = process.communicate(timeout=120)
         if number == signal.SIGKILL:
