@@ -42,9 +42,8 @@ from pathlib import Path
 import torch
 
 from dssd import DSSD, EarlyExit, LayerSkip, Plain, generate, ratio, seconds, summarize
-from heads import ExitHeads, held_out_prompts
-from model import (TOY, InputError, Pythia, Tokenizer, check_file, command_line, locate,
-                   seed_number, written_whole)
+from heads import FAST, ExitHeads, held_out_prompts, load_model, model_options
+from model import InputError, check_file, command_line, seed_number, written_whole
 
 LEVELS = (0.80, 0.90, 0.95)
 DRAFT_LENGTHS = (1, 2, 3, 4, 5, 6, 10, 15)       # LayerSkip's grid, for every exit
@@ -121,9 +120,15 @@ def row_dependence(model, rows=17, positions=64):
     return changes
 
 
+def cached_positions(model, most, rows):
+    """How many positions a measurement puts before its rows: `most`, fewer in a small context."""
+    return max(1, min(most, model.config.max_position_embeddings - rows))
+
+
 def report_rows(model, dtype):
     """Print and return row_dependence: up to how many rows lossless is so to the bit."""
-    changes = row_dependence(model)
+    positions = cached_positions(model, 64, 17)
+    changes = row_dependence(model, positions=positions)
     same = 0
     while same < len(changes) and changes[same] == 0:
         same += 1
@@ -132,7 +137,7 @@ def report_rows(model, dtype):
         line = f"passes of up to {same} rows give the logits of one row at a time to the bit"
     if same < len(changes):
         line += f"; passes of up to {len(changes)} rows change them by up to {max(changes):.2g}"
-    print(f"{dtype}, at 64 cached positions: {line}", flush=True)
+    print(f"{dtype}, at {positions} cached positions: {line}", flush=True)
     return changes
 
 
@@ -143,9 +148,10 @@ def report_physics(model, dtype):
     print(f"{machine}; memory read at {bytes_per_second / 1e9:.1f} GB/s; {dtype}, "
           f"L = {config.num_hidden_layers}, D = {config.hidden_size:,}, "
           f"V = {config.vocab_size:,}")
-    block_ms = cost_of_rows(model)
+    positions = cached_positions(model, 128, 16)
+    block_ms = cost_of_rows(model, positions=positions)
     costs = [f"{1000 * block_ms[n - 1]:.0f} us for {n}" for n in (1, 2, 4, 8, 16)]
-    print(f"what a second row costs: one block at 128 cached positions, "
+    print(f"what a second row costs: one block at {positions} cached positions, "
           f"{', '.join(costs)} rows")
     return {"machine": machine, "gigabytes_per_second": bytes_per_second / 1e9,
             "block_ms": block_ms, "row_dependence": report_rows(model, dtype)}
@@ -462,8 +468,7 @@ def finish(record, args):
 
 def arguments():
     parser = argparse.ArgumentParser(description="Speed, acceptance and cost of every policy.")
-    parser.add_argument("--model", default=TOY, help="folder or official name (default: the toy)")
-    parser.add_argument("--heads", help="heads file (default: the model's heads-fast)")
+    model_options(parser, FAST)
     parser.add_argument("--prompts", type=int, default=4, help="held-out prompts of 64 tokens")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens per prompt")
     parser.add_argument("--repeats", type=int, default=3, help="counted runs of every policy")
@@ -495,13 +500,13 @@ def main():
         figures.check(args.figure)
     if args.peer:
         scale.peer_classes()
-    folder = locate(args.model)
-    tokenizer = Tokenizer.load(folder)
-    model = Pythia.from_pretrained(folder, args.device, getattr(torch, args.dtype))
-    heads = ExitHeads.load(args.heads or folder / "heads-fast.safetensors", model)
+    model, heads, _, text = load_model(args, FAST)
+    for level in LEVELS:
+        heads.thresholds(level)                  # what lacks shows now, not after minutes
+    length, args.max_new_tokens = text.fit(64, args.max_new_tokens)
+    prompts = held_out_prompts(args.prompts, length, text=text)
     if args.widen != 1 or args.vocab:
         model, heads = scale.widen(model, heads, args.widen, args.vocab)
-    prompts = held_out_prompts(args.prompts, tokenizer=tokenizer)
     decoder, twins = fast.fast(model, heads)
     tied = ExitHeads(model, heads.layers, "tied").requires_grad_(False)
     if decoder is not model:

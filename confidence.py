@@ -323,11 +323,11 @@ def print_levels(results, layers):
 
 
 def main():
-    from heads import ExitHeads, evaluate, measuring_windows
-    from model import TOY, InputError, Pythia
-    parser = argparse.ArgumentParser(description="Uncertainty and calibration of the toy's heads.")
+    from heads import evaluate, load_model, measuring_windows, model_options
+    from model import InputError
+    parser = argparse.ArgumentParser(description="Uncertainty and calibration of a model's heads.")
+    model_options(parser)
     parser.add_argument("--tokens", type=int, default=32_768, help="of each split (%(default)s)")
-    parser.add_argument("--heads", default=TOY / "heads.safetensors", help="of the toy (its own)")
     parser.add_argument("--measure", choices=MEASURES, help="of the levels (the heads' own)")
     parser.add_argument("--figure", help="also draw the tables to this PNG")
     args = parser.parse_args()
@@ -336,11 +336,10 @@ def main():
     if args.figure:
         from appendix import figures
         figures.check(args.figure)
-    model = Pythia.from_pretrained(TOY)
-    heads = ExitHeads.load(args.heads, model)
+    model, heads, _, text = load_model(args)
     measure, began = args.measure or heads.measure, time.time()
-    calibration = evaluate(model, heads, measuring_windows("calibration", args.tokens), MEASURES)
-    test = evaluate(model, heads, measuring_windows("test", args.tokens), MEASURES)
+    windows = [measuring_windows(s, args.tokens, text=text) for s in ("calibration", "test")]
+    calibration, test = (evaluate(model, heads, ids, MEASURES) for ids in windows)
     print(f"{len(calibration.agree):,} calibration and {len(test.agree):,} test tokens "
           f"in {time.time() - began:.0f} s")
     separations, coverages = compare_measures(calibration, test)

@@ -46,8 +46,7 @@ from typing import NamedTuple
 import torch
 
 from confidence import MEASURES, is_certain
-from model import (TOY, InputError, Pythia, Tokenizer, check_numbers, command_line, locate,
-                   seed_number)
+from model import InputError, check_numbers, command_line, seed_number
 
 MEMORY, GUESS = 0.98, 0.25        # a Record keeps this share at every answer; weight of its guess
 
@@ -758,12 +757,11 @@ def table(model, policies, prompts, max_new_tokens, **options):
         print(row.replace("nan", "  -"), flush=True)
 
 
-def arguments():
+def arguments(model_options, file):
     parser = argparse.ArgumentParser(description="DSSD beside other ways of decoding.")
     add = parser.add_argument
     add("--prompt", default="import os\n\ndef find_files(path, pattern):\n    ", help="to continue")
-    add("--model", default=TOY, help="folder or official name (default: the toy)")
-    add("--heads", help="heads file (default: heads-fast.safetensors in the model's folder)")
+    model_options(parser, file)
     add("--level", type=float, default=0.8, help="agreement that calibration aims at (default 0.8)")
     add("--max-new-tokens", type=int, default=96, help="tokens")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -778,14 +776,12 @@ def arguments():
 
 
 def main():
-    from heads import ExitHeads, held_out_prompts
-    args = arguments()
+    from heads import FAST, held_out_prompts, load_model, model_options
+    args = arguments(model_options, FAST)
     if args.figure:
         from appendix import figures, grid
         figures.check(args.figure, (".png", ".svg", ".pdf", ".gif"))
-    folder = locate(args.model)
-    model, tokenizer = Pythia.from_pretrained(folder), Tokenizer.load(folder)
-    heads = ExitHeads.load(args.heads or folder / "heads-fast.safetensors", model)
+    model, heads, tokenizer, text = load_model(args, FAST)
     thresholds, L = heads.thresholds(args.level), model.config.num_hidden_layers
     options = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
 
@@ -810,10 +806,11 @@ def main():
             runs.append((policies[name], generation))
         grid.grid(args.figure, tokenizer, heads, runs)
         print(f"wrote {args.figure}")
-    print(f"\n{args.prompts} held-out prompts x {args.max_new_tokens} tokens; level {args.level}, "
+    length, new = text.fit(64, args.max_new_tokens)
+    prompts = held_out_prompts(args.prompts, length, text=text)
+    print(f"\n{args.prompts} held-out prompts x {new} tokens; level {args.level}, "
           f"thresholds on the {heads.measure}")
-    prompts = held_out_prompts(args.prompts, tokenizer=tokenizer)
-    table(model, policies, prompts, args.max_new_tokens, **options)
+    table(model, policies, prompts, new, **options)
 
 
 if __name__ == "__main__":

@@ -321,10 +321,10 @@ def token_samples(evaluation, measure):
             "wrong_next": ~evaluation.right}
 
 
-def options(toy, measures, seed_number):
-    parser = argparse.ArgumentParser(description="Budgets on the exits of the model in toy/.")
+def options(model_options, measures, seed_number):
+    parser = argparse.ArgumentParser(description="Budgets on the exits of a model.")
+    model_options(parser)
     option = parser.add_argument
-    option("--heads", default=toy / "heads.safetensors", help="a heads file for the toy")
     option("--measure", choices=measures, help="the uncertainty (default: that of the heads)")
     option("--beta", type=float, help="of EERO, per unit of error rate (default: chosen)")
     option("--tokens", type=int, default=30_000, help="of each split (default %(default)s)")
@@ -342,19 +342,18 @@ def options(toy, measures, seed_number):
 def main():
     from appendix.budgets import compare, report, report_misses, write_under_budget
     from confidence import MEASURES
-    from heads import ExitHeads, evaluate, measuring_windows
-    from model import TOY, Pythia, seed_number
-    args = options(TOY, MEASURES, seed_number)
+    from heads import evaluate, load_model, measuring_windows, model_options
+    from model import seed_number
+    args = options(model_options, MEASURES, seed_number)
     if args.figure:
         from appendix import figures
         figures.check(args.figure)
-    model = Pythia.from_pretrained(TOY)
-    heads = ExitHeads.load(args.heads, model)
+    model, heads, _, text = load_model(args)
     heads.measure = args.measure or heads.measure
     # 1. what every head says, on calibration and on test text
     samples = []
     for split in ("calibration", "test"):
-        windows = measuring_windows(split, args.tokens, 257)   # (n, 257), the last column a target
+        windows = measuring_windows(split, args.tokens, 257, text)     # (n, 257), last: a target
         found = evaluate(model, heads, windows, {heads.measure: MEASURES[heads.measure]})
         samples.append(token_samples(found, heads.measure))
     # 2. costs in block-equivalents; budgets from the first exit to the model without exits
@@ -376,7 +375,7 @@ def main():
         figures.budget(args.figure, runs, scores, budgets, full, unit, title)
         print(f"figure: {args.figure}")
     if args.prompts and not args.consult_all:
-        write_under_budget(model, heads, cost, outputs, args.beta, args.seed, args.prompts)
+        write_under_budget(model, heads, cost, outputs, args.beta, args.seed, text, args.prompts)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ smeared keys).
 
     python heads.py                      a table: how often each head agrees, and at what cost
     python heads.py --figure lens.png    also the top prediction at every depth for one line of code
+    python heads.py --model pythia-70m --heads run70/heads.safetensors --data my.txt
+                                         another model; all chapters that measure take these
 
 Letters: B batch, T positions, N tokens, D hidden size, V vocabulary, L blocks, M exits.
 A layer n always means "after n blocks".
@@ -32,6 +34,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +44,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from model import (TOY, Block, InputError, KVCache, Pythia, Tokenizer, check_form, check_numbers,
-                   command_line, written_whole)
+                   command_line, locate, written_whole)
+
+PAPER, FAST = "heads.safetensors", "heads-fast.safetensors"    # the files in a model's folder
 
 # ---------------------------------------------------------------- the paper's head, and four more
 
@@ -275,7 +280,7 @@ class ExitHeads(nn.Module):
                 tensors = {name: f.get_tensor(name) for name in f.keys()}
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} cannot be read as a heads file ({error}); "
-                             f"train heads with train.py") from None
+                             f"give one as --heads, or train heads with train.py") from None
         info = check_info(info, path)
         name = fingerprint(model)
         if info["backbone"] != name:
@@ -413,26 +418,84 @@ def measuring_text(split, tokenizer=None):
     tokens a split. The ids are the toy's. For another tokenizer the text is encoded anew.
     """
     ids = load_file(TOY / "text.safetensors")[split].long()               # (65536,)
+    if tokenizer is None:
+        return ids
     own = Tokenizer.load(TOY)
-    if tokenizer is None or tokenizer.bytes == own.bytes:
+    if tokenizer.bytes == own.bytes:
         return ids
     return torch.tensor(tokenizer.encode(own.decode(ids.tolist())))
 
 
-def measuring_windows(split, tokens, length=256, tokenizer=None):
-    """About `tokens` tokens of the measuring text as windows (n, length), spread over it."""
-    text = measuring_text(split, tokenizer)
-    windows = text[:len(text) // length * length].view(-1, length)
+class HeldOut(NamedTuple):
+    """Text that a model is measured on, in its own ids, and how much of it the model takes."""
+    splits: dict           # {"calibration" and "test": ids (N,)}
+    context: int           # the longest sequence, in tokens
+
+    def fit(self, prompt, new):
+        """Tokens of a prompt, and new ones, that the context holds: (prompt, new), or fewer."""
+        if prompt + new > self.context + 1:   # the last new one needs no place
+            prompt = min(prompt, self.context // 2)
+            new = min(new, self.context + 1 - prompt)
+            print(f"the context is {self.context} tokens: prompts have {prompt}, {new} follow")
+        return prompt, new
+
+
+def held_out(context=2048, tokenizer=None, data="stdlib"):
+    """A HeldOut: the measuring text, or text of --data that train.py does not train on."""
+    if data == "stdlib":
+        splits = {split: measuring_text(split, tokenizer) for split in ("calibration", "test")}
+    else:
+        from appendix.corpus import read_corpus
+        splits = read_corpus(data, tokenizer)
+    return HeldOut(splits, context)
+
+
+def measuring_windows(split, tokens, length=256, text=None):
+    """About `tokens` tokens of text, a HeldOut (None: the toy's), as windows (n, length).
+
+    They are spread over it. The last token is only a target: context + 1 tokens fit.
+    """
+    splits, context = text or held_out()
+    ids, length = splits[split], min(length, context + 1)
+    if len(ids) < length:
+        raise InputError(f"the {split} text has {len(ids)} tokens, fewer than one window of "
+                         f"{length}; give more text")
+    windows = ids[:len(ids) // length * length].view(-1, length)
     wanted = max(1, tokens // length)
-    return windows[::max(1, len(windows) // wanted)][:wanted]
+    return windows[::max(1, len(windows) // wanted)][:wanted].long()
 
 
-def held_out_prompts(n, length=64, split="test", tokenizer=None):
-    """n prompts of `length` tokens from the measuring text, as lists of ids."""
-    windows = measuring_windows(split, n * 512, 512, tokenizer)[:n, :length]
+def held_out_prompts(n, length=64, split="test", text=None):
+    """n prompts of `length` tokens from text, a HeldOut (None: the toy's), as lists of ids."""
+    splits, context = text = text or held_out()
+    every = max(length, min(512, context + 1, len(splits[split]) // n))
+    windows = measuring_windows(split, n * every, every, text)[:, :length]
     if len(windows) < n:
         raise InputError(f"the {split} text has room for {len(windows)} prompts only, not {n}")
     return windows.tolist()
+
+
+# ---------------------------------------------------------------- any model, on any text
+
+
+def model_options(parser, file=PAPER, data=True):
+    """The options of every chapter that measures: which model, which heads, on which text."""
+    add = parser.add_argument
+    add("--model", default=TOY, help="folder or official name (default: the toy)")
+    add("--heads", help=f"heads file (default: {file} in the model's folder)")
+    if data:
+        add("--data", default="stdlib", help="text to measure on, as in train.py: a text or .jsonl "
+            "file, or a folder of them (default: the measuring text)")
+
+
+def load_model(args, file=PAPER):
+    """What these options name: model, heads, tokenizer, HeldOut."""
+    folder, given = locate(args.model), {"device": "cpu", "dtype": "float32", **vars(args)}
+    model = Pythia.from_pretrained(folder, given["device"], getattr(torch, given["dtype"]))
+    heads = ExitHeads.load(args.heads or folder / file, model)
+    tokenizer = Tokenizer.load(folder)
+    context = model.config.max_position_embeddings
+    return model, heads, tokenizer, held_out(context, tokenizer, given.get("data", "stdlib"))
 
 
 @torch.inference_mode()
@@ -484,8 +547,8 @@ def previous_token_attention(model, ids):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Exit heads of the toy: agreement and cost.")
-    parser.add_argument("--heads", help="another heads file (default: the two beside the toy)")
+    parser = argparse.ArgumentParser(description="Exit heads of a model: agreement and cost.")
+    model_options(parser, f"{PAPER} and {FAST}")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens to measure on")
     parser.add_argument("--figure", help="also draw the logit lens of a line of code to this PNG")
     args = parser.parse_args()
@@ -494,13 +557,17 @@ def main():
     if args.figure:
         from appendix import figures
         figures.check(args.figure)
-    model, tokenizer = Pythia.from_pretrained(TOY), Tokenizer.load(TOY)
-    files = [TOY / "heads.safetensors", TOY / "heads-fast.safetensors"]
+    folder = locate(args.model)
+    model, tokenizer = Pythia.from_pretrained(folder), Tokenizer.load(folder)
+    L, context = model.config.num_hidden_layers, model.config.max_position_embeddings
+    files = [path for path in (folder / PAPER, folder / FAST) if path.exists()]
     if args.heads:
         files = [args.heads]
     rows = {Path(f).name: ExitHeads.load(f, model) for f in files}
-    rows["tied, untrained (logit lens)"] = ExitHeads(model, [4, 8, 12], "tied")
-    test = measuring_windows("test", args.tokens)                         # (n, 256)
+    quarters = sorted({max(1, L * i // 4) for i in (1, 2, 3)})
+    rows["tied, untrained (logit lens)"] = ExitHeads(model, quarters, "tied")
+    text = held_out(context, tokenizer, args.data)
+    test = measuring_windows("test", args.tokens, text=text)              # (n, 256)
     print(f"agreement with the full model on {test[:, 1:].numel():,} held-out tokens; "
           f"a full token costs {model.config.full_cost:.2f} blocks")
     print(f"{'heads':<30}{'kind':<9}{'depth':>6}{'agreement':>11}{'parameters':>12}"
@@ -511,9 +578,9 @@ def main():
             parameters = sum(p.numel() for p in head.parameters())
             print(f"{name:<30}{heads.kind:<9}{layer:>6}{share:>11.1%}{parameters:>12,}"
                   f"{head.cost():>15.2f}")
-    largest = ", ".join(f"{a:.2f}" for a in previous_token_attention(model, test[:8]))
+    largest = ", ".join(f"{a:.2f}" for a in previous_token_attention(model, test[:8, :context]))
     print("largest mean attention of a block's heads to the previous token, "
-          f"blocks 1 .. {len(model.layers)}: {largest}")
+          f"blocks 1 .. {L}: {largest}")
     if args.figure:
         figures.lens(args.figure, model, tokenizer, "def read(self, size=-1):\n    return self.")
         print(f"wrote {args.figure}")

@@ -18,6 +18,7 @@ Letters: n samples, M heads (the last is the full network's).
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from eero import EERO, cost_of_exits, spend
 
@@ -199,7 +200,7 @@ def report_misses(runs, full):
 # ---------------------------------------------------------------- text under a budget
 
 
-def write_under_budget(model, heads, cost, outputs, beta, seed, prompts=24, new=64, prefix=32):
+def write_under_budget(model, heads, cost, outputs, beta, seed, text, prompts=24):
     """Text written by early exit with EERO's thresholds: the budget beside the cost of the text.
 
     EERO is fitted on the full model's own greedy texts, since a decoder meets its own text and not
@@ -210,13 +211,15 @@ def write_under_budget(model, heads, cost, outputs, beta, seed, prompts=24, new=
     from confidence import MEASURES
     from dssd import EarlyExit, Plain, generate
     from eero import token_samples
-    from heads import evaluate, held_out_prompts, measuring_windows, self_text
-    starts = measuring_windows("calibration", 64 * 512, 512)[:, :prefix]
-    texts = self_text(model, starts, prefix + 129, (0.0,), seed)[:, prefix - 1:]
+    from heads import evaluate, held_out_prompts, self_text
+    prefix, new = text.fit(32, 64)
+    starts = torch.tensor(held_out_prompts(64, prefix, "calibration", text))
+    length = min(prefix + 129, text.context + 1)
+    texts = self_text(model, starts, length, (0.0,), seed)[:, prefix - 1:]
     found = evaluate(model, heads, texts, {heads.measure: MEASURES[heads.measure]})
     sample = token_samples(found, heads.measure)
-    practice = held_out_prompts(prompts, prefix, "calibration")
-    tests = held_out_prompts(prompts, prefix, "test")
+    practice = held_out_prompts(prompts, prefix, "calibration", text)
+    tests = held_out_prompts(prompts, prefix, "test", text)
     decoder, twins = fast(model, heads)
     plain = [generate(decoder, ids, new, Plain()).tokens for ids in tests]
 

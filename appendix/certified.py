@@ -36,8 +36,8 @@ import numpy as np
 
 from confidence import (LEVELS, MEASURES, calibrate, check_level, checked, cumulate, obtained,
                         print_levels)
-from heads import ExitHeads, evaluate, measuring_windows
-from model import TOY, InputError, Pythia, command_line, seed_number
+from heads import evaluate, load_model, measuring_windows, model_options
+from model import InputError, command_line, seed_number
 
 STEPS = 100      # thresholds that are tried
 STARTS = 5       # evenly spread places where a sequence of tests starts; one more is chosen
@@ -177,9 +177,9 @@ def compare_certificates(u_cal, c_cal, u_test, c_test, blocks, delta=0.05, seed=
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Thresholds with a guarantee, on the toy's heads.")
+    parser = argparse.ArgumentParser(description="Thresholds with a guarantee.")
+    model_options(parser)
     parser.add_argument("--tokens", type=int, default=32_768, help="of each split (%(default)s)")
-    parser.add_argument("--heads", default=TOY / "heads.safetensors", help="of the toy (its own)")
     parser.add_argument("--measure", choices=MEASURES, help="of uncertainty (the heads' own)")
     parser.add_argument("--delta", type=float, default=0.05, help="of an error (%(default)s)")
     parser.add_argument("--seed", type=seed_number, default=0,
@@ -189,13 +189,12 @@ def main():
         raise InputError(f"--tokens {args.tokens}: at least one window of 256 tokens is needed")
     if not 0 < args.delta < 1:
         raise InputError(f"--delta {args.delta} is not between 0 and 1")
-    model = Pythia.from_pretrained(TOY)
-    heads = ExitHeads.load(args.heads, model)
+    model, heads, _, text = load_model(args)
     measure = args.measure or heads.measure
     chosen = {measure: MEASURES[measure]}
-    windows = measuring_windows("calibration", args.tokens)       # (windows, 256)
+    windows = measuring_windows("calibration", args.tokens, text=text)    # (windows, 256)
     calibration = evaluate(model, heads, windows, chosen)
-    test = evaluate(model, heads, measuring_windows("test", args.tokens), chosen)
+    test = evaluate(model, heads, measuring_windows("test", args.tokens, text=text), chosen)
     blocks = blocks_of(len(windows), windows.shape[1] - 1)        # (n,)
     results = compare_certificates(calibration.uncertainty[measure], calibration.agree,
                                    test.uncertainty[measure], test.agree,

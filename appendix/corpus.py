@@ -82,7 +82,7 @@ def files_of(data):
     root, files, left = Path(os.path.abspath(data)), [], []
     if not root.is_file() and not root.is_dir():
         raise InputError(f"--data {data}: no such file or folder "
-                         f"(or stdlib, minipile, self, stdlib+self)")
+                         f"(or stdlib, minipile; in training also self, stdlib+self)")
     base = root if root.is_dir() else root.parent
     waiting, met = deque([root]), set()
     while waiting:

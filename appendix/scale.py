@@ -37,9 +37,9 @@ from appendix.fast import fast
 from bench import (bandwidth, cost_of, finish, hardware, middle_of,
                    run_in_turn)
 from dssd import DSSD, EarlyExit, Plain, always
-from heads import ExitHeads, held_out_prompts, measuring_windows
-from model import (TOY, InputError, Pythia, Tokenizer, check_file, command_line, locate,
-                   official_name)
+from heads import (FAST, ExitHeads, held_out_prompts, load_model, measuring_windows,
+                   model_options)
+from model import InputError, Pythia, check_file, command_line, official_name
 
 # ------------------------------------------------------------ a wider model of the same function
 
@@ -221,17 +221,15 @@ def pace(decoder, policy, prompts, max_new_tokens, repeats, bytes_per_second):
     return Pace(plain.tokens_per_second, dssd.tokens_per_second, roofline)
 
 
-def by_context(model, heads, make, tokenizer, lengths, new_tokens, repeats, bytes_per_second):
+def by_context(model, heads, make, text, lengths, new_tokens, repeats, bytes_per_second):
     """Rows (tokens in the prompt, *Pace) on two texts."""
     decoder, twins = fast(model, heads)
     policy = make(decoder, twins)
-    context = model.config.max_position_embeddings
-    texts = measuring_windows("test", 2 * context, context, tokenizer).tolist()
+    texts = measuring_windows("test", 2 * text.context, text.context, text).tolist()
     rows = []
     for n in lengths:
-        if n + new_tokens <= context:
-            prompts = [ids[:n] for ids in texts]
-            rows.append((n, *pace(decoder, policy, prompts, new_tokens, repeats, bytes_per_second)))
+        prompts = [ids[:n] for ids in texts]
+        rows.append((n, *pace(decoder, policy, prompts, new_tokens, repeats, bytes_per_second)))
     return rows
 
 
@@ -257,22 +255,24 @@ def by_depth(model, prompts, new_tokens, repeats):
     tied = ExitHeads(model, range(1, L), "tied").requires_grad_(False)
     decoder, twins = fast(model, tied)
     rows = []
-    for depth in sorted({1, 2, L // 4, L // 2, 3 * L // 4, L - 1}):
+    for depth in sorted({1, 2, L // 4, L // 2, 3 * L // 4, L - 1} & set(tied.layers)):
         policy = EarlyExit(twins, always(twins, depth), fill="copy")
         runs = run_in_turn(decoder, {"exit": policy}, prompts, new_tokens, repeats=repeats)
         rows.append((depth, middle_of(policy, runs["exit"]).tokens_per_second))
     return rows
 
 
-def growth(model, heads, make, tokenizer, bytes_per_second, widths=WIDTHS, contexts=CONTEXTS,
+def growth(model, heads, make, text, bytes_per_second, widths=WIDTHS, contexts=CONTEXTS,
            new_tokens=64, repeats=3):
     """Print and return tokens/s: {"context": rows, "depth": rows, "width": rows}.
 
     make: gives the DSSD policy for a decoder and its heads.
     """
-    prompts = held_out_prompts(2, tokenizer=tokenizer)
+    length, new_tokens = text.fit(64, new_tokens)
+    prompts = held_out_prompts(2, length, text=text)
+    contexts = [n for n in contexts if n + new_tokens <= text.context] or [length]
     record = {
-        "context": by_context(model, heads, make, tokenizer, contexts, new_tokens, repeats,
+        "context": by_context(model, heads, make, text, contexts, new_tokens, repeats,
                               bytes_per_second),
         "depth": by_depth(model, prompts, new_tokens, repeats),
         "width": by_width(model, heads, make, prompts, widths, min(24, new_tokens), repeats,
@@ -305,8 +305,7 @@ def arguments():
     parser.add_argument("--peer", choices=("transformers",), help="a library to compare with")
     parser.add_argument("--widen", type=int, default=1, help="times as wide, the same function")
     parser.add_argument("--vocab", type=int, default=0, help="rows to pad the unembedding to")
-    parser.add_argument("--model", default=TOY, help="folder or official name (default: the toy)")
-    parser.add_argument("--heads", help="heads file (default: heads-fast.safetensors of the model)")
+    model_options(parser, FAST)
     parser.add_argument("--level", default="auto", help="of DSSD: a level such as 0.9, or auto")
     parser.add_argument("--prompts", type=int, default=8, help="held-out prompts of 64 tokens")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens per prompt")
@@ -359,10 +358,7 @@ def dssd_maker(level):
 def main():
     args = arguments()
     make = dssd_maker(args.level)
-    folder = locate(args.model)
-    model = Pythia.from_pretrained(folder, args.device, getattr(torch, args.dtype))
-    heads = ExitHeads.load(args.heads or folder / "heads-fast.safetensors", model)
-    tokenizer = Tokenizer.load(folder)
+    model, heads, _, text = load_model(args, FAST)
     if args.widen != 1 or args.vocab:
         model, heads = widen(model, heads, args.widen, args.vocab)
     decoder, twins = fast(model, heads)
@@ -371,7 +367,7 @@ def main():
           f"V = {c.vocab_size:,}")
     if args.growth:
         speed = bandwidth(device)
-        record = growth(model, heads, make, tokenizer, speed, args.widths,
+        record = growth(model, heads, make, text, speed, args.widths,
                         new_tokens=args.max_new_tokens, repeats=args.repeats)
         record["gigabytes_per_second"] = speed / 1e9
         if args.figure:
@@ -379,7 +375,8 @@ def main():
             figures.growth(args.figure, record)
             print(f"wrote {args.figure}")
     else:
-        prompts = held_out_prompts(args.prompts, tokenizer=tokenizer)
+        length, args.max_new_tokens = text.fit(64, args.max_new_tokens)
+        prompts = held_out_prompts(args.prompts, length, text=text)
         policy = make(decoder, twins)
         record = beside_peers(model, decoder, policy, prompts, args.max_new_tokens, args.repeats,
                               args.peer)

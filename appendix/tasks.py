@@ -34,8 +34,8 @@ from torch.nn.utils.rnn import pad_sequence
 from bench import finish
 from confidence import MEASURES, is_certain
 from dssd import always
-from heads import ExitHeads, measuring_windows
-from model import TOY, InputError, Pythia, Tokenizer, check_file, command_line, locate
+from heads import FAST, held_out, load_model, measuring_windows, model_options
+from model import InputError, check_file, command_line
 from train import Progress
 
 # -------------------------------------------------------- the tasks and their files
@@ -159,8 +159,8 @@ def file_task(examples, tokenizer, max_len):
     return Task(examples, rows, [whole] * len(rows))
 
 
-def code_task(tokenizer, windows):
-    """The task without a file: windows of 256 tokens of the measuring text, which is code.
+def code_task(tokenizer, windows, text=None):
+    """The task without a file: windows of 256 tokens of text (None: the toy's), which is code.
 
     All tokens but a window's first are scored. A line of two tokens or more is given up to its
     middle. It is completed if each further token, the newline too, is the argmax: given the true
@@ -168,7 +168,8 @@ def code_task(tokenizer, windows):
     """
     newlines = {i for i, text in tokenizer.bytes.items() if b"\n" in text}
     examples, rows, spans = [], [], []
-    for ids in measuring_windows("test", 256 * windows, 256, tokenizer).tolist():
+    length = min(256, text.context + 1) if text else 256
+    for ids in measuring_windows("test", length * windows, length, text).tolist():
         lines = []
         ends = [i for i, token in enumerate(ids) if token in newlines]
         for start, end in zip(ends, ends[1:]):
@@ -179,6 +180,9 @@ def code_task(tokenizer, windows):
                 lines.append(slice(middle, end))  # scored id i is ids[i + 1]
         rows.append((ids, len(ids) - 1))
         spans.append(lines)
+    if not examples:
+        raise InputError("no window holds a whole line of the text; give another as --data, or a "
+                         "larger --limit")
     return Task(examples, rows, spans)
 
 
@@ -403,17 +407,19 @@ def readers_of(heads, levels):
     return readers
 
 
-def run_tasks(model, heads, tokenizer, names, task_dir=None, limit=None, levels=(0.80, 0.90, 0.95)):
+def run_tasks(model, heads, tokenizer, names, task_dir=None, limit=None, levels=(0.80, 0.90, 0.95),
+              text=None):
     """Print and return {task: record}. `limit` counts examples; of code, windows (default 128)."""
     # all that can fail, before the long work
     readers = readers_of(heads, levels)
     files = {name: read_task(name, task_dir, limit) for name in names if name != "code"}
+    context = model.config.max_position_embeddings
     records = {}
     for name in names:
         if name == "code":
-            task = code_task(tokenizer, limit or 128)
+            task = code_task(tokenizer, limit or 128, text or held_out(context, tokenizer))
         else:
-            task = file_task(files[name], tokenizer, model.config.max_position_embeddings)
+            task = file_task(files[name], tokenizer, context)
         records[name] = score_task(model, heads, name, task, readers)
         report(name, records[name])
     return records
@@ -439,8 +445,7 @@ def arguments():
     parser.add_argument("tasks", nargs="?", default="code",
                         help=f"of {', '.join(COLUMNS)}, joined by commas (default: code)")
     parser.add_argument("--task-dir", help="folder of the tasks' JSONL files; code needs none")
-    parser.add_argument("--model", default=TOY, help="folder or official name (default: the toy)")
-    parser.add_argument("--heads", help="heads file (default: heads-fast.safetensors of the model)")
+    model_options(parser, FAST)
     parser.add_argument("--limit", type=int,
                         help="examples per task (default: all; of code 128 windows)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -458,11 +463,9 @@ def arguments():
 
 def main():
     args = arguments()
-    folder = locate(args.model)
-    model = Pythia.from_pretrained(folder, args.device, getattr(torch, args.dtype))
-    heads = ExitHeads.load(args.heads or folder / "heads-fast.safetensors", model)
-    tokenizer = Tokenizer.load(folder)
-    records = run_tasks(model, heads, tokenizer, args.tasks.split(","), args.task_dir, args.limit)
+    model, heads, tokenizer, text = load_model(args, FAST)
+    records = run_tasks(model, heads, tokenizer, args.tasks.split(","), args.task_dir, args.limit,
+                        text=text)
     finish({"tasks": records}, args)
 
 

@@ -24,8 +24,8 @@ import torch
 
 from confidence import MEASURES
 from dssd import AutoDSSD, Choice, Costs, LayerSkip, Plain, generate, summarize
-from heads import ExitHeads, measuring_text
-from model import TOY, InputError, Pythia, Tokenizer, command_line, locate
+from heads import FAST, load_model, model_options
+from model import InputError, command_line
 
 HARD = (("code", 64, 0.0), ("English", 64, 0.0), ("random", 64, 0.0), ("code", 64, 0.8),
         ("English", 64, 0.8), ("English", 64, 1.2), ("random", 64, 1.0), ("code", 1024, 0.0),
@@ -38,7 +38,7 @@ def measure_costs(decoder, heads, temperature=0.0, new=12, repeats=10):
     context = decoder.config.max_position_embeddings
     new = min(new, context // 4)
     return [costs_at(n, decoder, heads, temperature, new, repeats)
-            for n in (context // 16, context // 2)]
+            for n in (max(1, context // 16), context // 2)]
 
 
 def costs_at(positions, decoder, heads, temperature, new, repeats):
@@ -98,24 +98,24 @@ def show(costs, heads):
               f"a draft pays from p = {needed:.2f} on")
 
 
-def hard_texts(tokenizer):
+def hard_texts(tokenizer, text):
     """{name: ids} to cut prompts from: code, English (Python's help topics), random tokens."""
     english = tokenizer.encode("\n".join(topics.values()))
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(tokenizer.vocab_size, (30000,), generator=generator)
-    return {"code": measuring_text("test", tokenizer).tolist(), "English": english,
-            "random": noise.tolist()}
+    code = text.splits["test"].tolist()
+    return {"code": code, "English": english, "random": noise.tolist()}
 
 
-def hard(decoder, twins, tokenizer, prompts, repeats, new=96):
+def hard(decoder, twins, tokenizer, text, prompts, repeats):
     """Print a line for each of HARD: DSSD auto beside Plain, in turn on every prompt."""
-    texts, context = hard_texts(tokenizer), decoder.config.max_position_embeddings
+    texts, (_, new) = hard_texts(tokenizer, text), text.fit(64, 96)
     policies = {bool(t): automatic(decoder, twins, t) for t in (0.0, 0.8)}
     print(f"{prompts} prompts x {new} tokens, the fastest of {repeats} repeats each\n"
           f"{'text':<8}{'prompt':>8}{'temperature':>13}{'Plain ms':>10}{'x Plain':>9}"
           f"{'acceptance':>12}{'tokens/round':>14}  tokens by depth")
     for name, length, temperature in HARD:
-        length = min(length, context - new)
+        length = min(length, text.context - new)
         step = (len(texts[name]) - length) // prompts
         cut = [texts[name][i * step:i * step + length] for i in range(prompts)]
         pair = Plain(), policies[bool(temperature)]
@@ -146,8 +146,7 @@ def in_turn(decoder, pair, prompts, new, temperature, repeats):
 def main():
     from appendix.fast import fast
     parser = argparse.ArgumentParser(description="What drafting costs on this machine.")
-    parser.add_argument("--model", default=TOY, help="folder or official name (default: the toy)")
-    parser.add_argument("--heads", help="heads file (default: heads-fast.safetensors of the model)")
+    model_options(parser, FAST, data=False)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--repeats", type=int, default=10, help="runs, of which the median counts")
     parser.add_argument("--hard", action="store_true", help="DSSD auto beside Plain, on ten cases")
@@ -156,15 +155,13 @@ def main():
     args = parser.parse_args()
     if min(args.repeats, args.prompts) < 1:
         raise InputError("--repeats and --prompts must be at least 1")
-    folder = locate(args.model)
-    model = Pythia.from_pretrained(folder)
-    heads = ExitHeads.load(args.heads or folder / "heads-fast.safetensors", model)
+    model, heads, tokenizer, text = load_model(args, FAST)
     decoder, twins = (model, heads) if args.readable else fast(model, heads)
     print(f"{torch.get_num_threads()} threads")
     for costs in measure_costs(decoder, twins, args.temperature, repeats=args.repeats):
         show(costs, twins)
     if args.hard:
-        hard(decoder, twins, Tokenizer.load(folder), args.prompts, args.repeats)
+        hard(decoder, twins, tokenizer, text, args.prompts, args.repeats)
 
 
 if __name__ == "__main__":

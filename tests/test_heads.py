@@ -325,8 +325,8 @@ def test_the_measuring_text_is_the_same_everywhere(toy_tokenizer):
     windows = H.measuring_windows("test", 4096, 512)
     assert windows.shape == (8, 512) and torch.equal(windows[0], texts["test"][:512])
     assert H.held_out_prompts(5) == [row[:64].tolist() for row in H.measuring_windows("test", 5 * 512, 512)]
-    with pytest.raises(InputError, match="room for 128 prompts only"):
-        H.held_out_prompts(129)
+    with pytest.raises(InputError, match="room for 1024 prompts only"):
+        H.held_out_prompts(1025)
 
 
 def test_the_measuring_text_for_another_tokenizer(toy_tokenizer):

@@ -10,7 +10,7 @@ from appendix.fast import fast
 from confidence import entropy
 from conftest import assert_refused, call, shaken, tiny
 from dssd import DSSD, Plain, generate
-from heads import KINDS, ExitHeads
+from heads import KINDS, ExitHeads, held_out
 from model import InputError
 
 
@@ -84,11 +84,11 @@ def test_the_peer_has_the_same_weights(capsys):
     assert "same text as Plain on 100%" in capsys.readouterr().out
 
 
-def test_growth_and_its_figure(toy, fast_heads, toy_tokenizer, tmp_path, capsys):
+def test_growth_and_its_figure(toy, fast_heads, tmp_path, capsys):
     def make(decoder, twins):
         return DSSD(twins, [1.0] * len(twins.layers))
 
-    record = S.growth(toy, fast_heads, make, toy_tokenizer, 1e9, widths=(1, 2),
+    record = S.growth(toy, fast_heads, make, held_out(), 1e9, widths=(1, 2),
                       contexts=(128, 256, 2045), new_tokens=4, repeats=1)
     assert [row[0] for row in record["width"]] == [128, 256]
     assert [row[0] for row in record["context"]] == [128, 256]  # 2045 + 4 do not fit in 2048
