@@ -6,82 +6,94 @@ Whether a draft pays depends on the machine. So a few policies decode, and the c
     question       a head answers, and its uncertainty is measured
     two drafts     every round takes two drafts from one exit: T + 2 (question + further)
 
-So `further` is what one more draft costs beside the question: the shallow blocks for one more row,
-and that row's share of the verification. What the text says does not matter, so the prompt is one
-token, repeated. Attention reads every cached position. Costs are therefore measured twice, with few
-positions cached and with many, and dssd.py takes the line between.
+So `further` is what one more draft costs beside the question: the shallow blocks for a row of its
+own, and the deeper ones for one more row of the verification. What the text says does not matter,
+so the prompt is one token, repeated. Attention reads every cached position. Costs are therefore
+measured twice, with few positions cached and with many, and dssd.py takes the line between.
 
     python -m appendix.tune             the costs, and what acceptance a first draft then needs
     python -m appendix.tune --hard      then DSSD auto beside Plain on texts that are hard to draft
-Expect a question to cost a third of a plain step on the toy, and a draft to need p = 0.4 to 0.6.
+Expect a question to cost a tenth of a plain step on the toy, and a draft to need p = 0.5 to 0.6.
 """
 import argparse
+import math
 import time
 from pydoc_data.topics import topics
-from statistics import median
 
 import torch
 
 from confidence import MEASURES
-from dssd import AutoDSSD, Choice, Costs, LayerSkip, Plain, generate, summarize
+from dssd import AutoDSSD, Choice, Costs, LayerSkip, Log, Plain, generate, stream, summarize
 from heads import FAST, load_model, model_options
 from model import InputError, command_line
 
 HARD = (("code", 64, 0.0), ("English", 64, 0.0), ("random", 64, 0.0), ("code", 64, 0.8),
         ("English", 64, 0.8), ("English", 64, 1.2), ("random", 64, 1.0), ("code", 1024, 0.0),
         ("English", 1024, 0.0), ("code", 1900, 0.0))      # text, tokens of the prompt, temperature
-DRAFTS = 2                                                # of a round, where drafts are timed
+DRAFTS, ROUNDS = 2, 4            # of a round, where drafts are timed; in a turn
 
 
-def measure_costs(decoder, heads, temperature=0.0, new=12, repeats=10):
+def measure_costs(decoder, heads, temperature=0.0, turns=15):
     """Costs of the decoder with its heads, with few and with many positions cached: two Costs."""
     context = decoder.config.max_position_embeddings
-    new = min(new, context // 4)
-    return [costs_at(n, decoder, heads, temperature, new, repeats)
-            for n in (max(1, context // 16), context // 2)]
+    return [costs_at(max(1, n), decoder, heads, temperature, turns)
+            for n in (context // 16, context // 2)]
 
 
-def costs_at(positions, decoder, heads, temperature, new, repeats):
+def costs_at(positions, decoder, heads, temperature, turns):
     """Costs with about this many positions cached."""
     policies = {"plain": Plain()}
     for exit in heads.layers:
         policies[exit] = LayerSkip(heads, exit, DRAFTS)
-    times, drafts = {name: [] for name in policies}, {}
-    # in turn: a slow moment of the machine is everyone's; the first round warms up
-    for i in range(repeats + 1):
-        for name, policy in policies.items():
-            done = generate(decoder, [1] * positions, new, policy, temperature=temperature)
-            drafts[name] = summarize(policy, [done]).draft_length         # the last is shorter
-            if i:
-                times[name].append(1000 * done.decode_seconds / len(done.log.rounds))
-    plain, question, further = median(times["plain"]), [], []
+    running, fastest = {}, {name: math.inf for name in policies}
+    for name, policy in policies.items():
+        log, most = Log(), (DRAFTS + 1) * ROUNDS * turns + 2
+        tokens = stream(decoder, [1] * positions, most, policy, temperature=temperature, log=log)
+        running[name] = tokens, log
+    # some rounds of each in turn; the fastest counts: a machine that is shared is slow at times
+    for _ in range(turns):
+        for name, (tokens, log) in running.items():
+            for _ in range(ROUNDS):
+                fastest[name] = min(fastest[name], round_ms(tokens, log, policies[name].max_draft))
+    # a draft: n blocks for a row of its own, then L - n blocks for one more row of a pass
+    L, plain = decoder.config.num_hidden_layers, fastest["plain"]
+    question, rows = [], []
     for exit, head in zip(heads.layers, heads.heads):
         asked = question_ms(positions, decoder, head, MEASURES[heads.measure], temperature)
+        draft = (fastest[exit] - plain) / DRAFTS
         question.append(asked)
-        # by pairs, since the machine's speed changes from moment to moment
-        ratios = [spent / alone for spent, alone in zip(times[exit], times["plain"])]
-        draft = plain * (median(ratios) - 1) / drafts[exit]
-        further.append(max(0.0, draft - asked))
+        rows.append((draft - asked - plain * exit / L) / (L - exit))
+    row = max(0.0, sum(rows) / len(rows))         # one number for all exits: less noise
+    further = [plain * n / L + row * (L - n) for n in heads.layers]
     return Costs(positions, plain, question, further)
+
+
+def round_ms(tokens, log, drafts):
+    """The time of the next round of a stream. Infinite, if it has fewer drafts or none comes."""
+    begin, done = time.perf_counter(), len(log.rounds)
+    while len(log.rounds) == done and next(tokens, None):
+        pass
+    spent = 1000 * (time.perf_counter() - begin)
+    return spent if len(log.rounds) > done and log.rounds[-1][0] == drafts else math.inf
 
 
 @torch.inference_mode()
 def question_ms(positions, decoder, head, measure, temperature, repeats=30):
-    """A head's answer at one position, with its memory of the others: median of the repeats."""
+    """A head's answer at one position, with its memory of the others: the fastest repeat."""
     ids = torch.ones(1, positions, dtype=torch.long, device=decoder.embed_in.weight.device)
     x, cache = decoder.embed(ids), head.new_cache(1, positions + 1)       # (1, positions, D)
     if cache is not None:
         head.body(x, cache)
-    choice, times = Choice(temperature, 1.0, None), []
+    choice, least = Choice(temperature, 1.0, None), math.inf
     for _ in range(repeats):
         begin = time.perf_counter()
         z = head.output(head.body(x[:, :1], cache))[0, 0]                 # (V,)
         answer = choice.of(z)
         measure(z).item(), choice.chance_kept(answer, answer).item()      # item() waits for a GPU
-        times.append(1000 * (time.perf_counter() - begin))
+        least = min(least, 1000 * (time.perf_counter() - begin))
         if cache is not None:
             cache.truncate(positions)
-    return median(times)
+    return least
 
 
 def automatic(decoder, heads, temperature=0.0):
@@ -133,7 +145,7 @@ def in_turn(decoder, pair, prompts, new, temperature, repeats):
     """
     spent, done = [0.0, 0.0], []
     for seed, ids in enumerate(prompts):
-        fastest = [float("inf")] * 2
+        fastest = [math.inf] * 2
         for _ in range(repeats):
             for i, policy in enumerate(pair):
                 out = generate(decoder, ids, new, policy, temperature=temperature, seed=seed)
@@ -148,7 +160,7 @@ def main():
     parser = argparse.ArgumentParser(description="What drafting costs on this machine.")
     model_options(parser, FAST, data=False)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--repeats", type=int, default=10, help="runs, of which the median counts")
+    parser.add_argument("--repeats", type=int, default=3, help="of each prompt of --hard")
     parser.add_argument("--hard", action="store_true", help="DSSD auto beside Plain, on ten cases")
     parser.add_argument("--prompts", type=int, default=4, help="of each case of --hard")
     parser.add_argument("--readable", action="store_true", help="without the fast twin")
@@ -158,7 +170,7 @@ def main():
     model, heads, tokenizer, text = load_model(args, FAST)
     decoder, twins = (model, heads) if args.readable else fast(model, heads)
     print(f"{torch.get_num_threads()} threads")
-    for costs in measure_costs(decoder, twins, args.temperature, repeats=args.repeats):
+    for costs in measure_costs(decoder, twins, args.temperature):
         show(costs, twins)
     if args.hard:
         hard(decoder, twins, tokenizer, text, args.prompts, args.repeats)

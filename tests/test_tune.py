@@ -24,7 +24,7 @@ def clocked(model, monkeypatch):
 def test_costs_are_those_of_the_work_that_is_done(monkeypatch):
     model = clocked(tiny(max_position_embeddings=64), monkeypatch)
     heads = shaken(model, [1, 3])
-    few, many = T.measure_costs(model, heads, new=5, repeats=2)
+    few, many = T.measure_costs(model, heads, turns=2)
     assert (few.positions, many.positions) == (4, 32)
     for costs in (few, many):
         # a plain step: 4 blocks; one more draft: 4 blocks for one more row; a question: no block
@@ -36,11 +36,11 @@ def test_costs_are_those_of_the_work_that_is_done(monkeypatch):
 def test_measured_costs_make_a_lossless_policy():
     model = tiny()
     heads = shaken(model)
-    policy = AutoDSSD(heads, T.measure_costs(model, heads, new=5, repeats=2))
+    policy = AutoDSSD(heads, T.measure_costs(model, heads, turns=2))
     assert policy.name == "DSSD auto" and len(policy.costs) == 2
     out = generate(model, [1, 2, 3], 30, policy)
     assert out.tokens == generate(model, [1, 2, 3], 30, Plain()).tokens
-    sampled = T.measure_costs(model, heads, 0.8, new=5, repeats=2)
+    sampled = T.measure_costs(model, heads, 0.8, turns=2)
     assert all(costs.plain > 0 for costs in sampled)
 
 
