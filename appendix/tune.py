@@ -3,8 +3,8 @@
 Whether a draft pays depends on the machine. So a few policies decode, and the clock is read:
 
     plain          a step of plain decoding: T
-    question       a head answers, and its uncertainty is measured
-    two drafts     every round takes two drafts from one exit: T + 2 (question + further)
+    question       a head is asked before every step, and never certain: T + question
+    three drafts   every round takes three drafts from one exit: T + 3 (question + further)
 
 So `further` is what one more draft costs beside the question: the shallow blocks for a row of its
 own, and the deeper ones for one more row of the verification. What the text says does not matter,
@@ -22,15 +22,14 @@ from pydoc_data.topics import topics
 
 import torch
 
-from confidence import MEASURES
-from dssd import AutoDSSD, Choice, Costs, LayerSkip, Log, Plain, generate, stream, summarize
+from dssd import DSSD, AutoDSSD, Costs, LayerSkip, Log, Plain, generate, stream, summarize
 from heads import FAST, load_model, model_options
 from model import InputError, command_line
 
 HARD = (("code", 64, 0.0), ("English", 64, 0.0), ("random", 64, 0.0), ("code", 64, 0.8),
         ("English", 64, 0.8), ("English", 64, 1.2), ("random", 64, 1.0), ("code", 1024, 0.0),
         ("English", 1024, 0.0), ("code", 1900, 0.0))      # text, tokens of the prompt, temperature
-DRAFTS, ROUNDS = 2, 4            # of a round, where drafts are timed; in a turn
+DRAFTS, ROUNDS = 3, 4            # of a round, where drafts are timed; in a turn
 
 
 def measure_costs(decoder, heads, temperature=0.0, turns=15):
@@ -44,7 +43,9 @@ def costs_at(positions, decoder, heads, temperature, turns):
     """Costs with about this many positions cached."""
     policies = {"plain": Plain()}
     for exit in heads.layers:
-        policies[exit] = LayerSkip(heads, exit, DRAFTS)
+        never = [-math.inf if n == exit else None for n in heads.layers]
+        policies["question", exit] = DSSD(heads, never)
+        policies["drafts", exit] = LayerSkip(heads, exit, DRAFTS)
     running, fastest = {}, {name: math.inf for name in policies}
     for name, policy in policies.items():
         log, most = Log(), (DRAFTS + 1) * ROUNDS * turns + 2
@@ -53,16 +54,17 @@ def costs_at(positions, decoder, heads, temperature, turns):
     # some rounds of each in turn; the fastest counts: a machine that is shared is slow at times
     for _ in range(turns):
         for name, (tokens, log) in running.items():
+            drafts = DRAFTS if "drafts" in name else 0
             for _ in range(ROUNDS):
-                fastest[name] = min(fastest[name], round_ms(tokens, log, policies[name].max_draft))
+                fastest[name] = min(fastest[name], round_ms(tokens, log, drafts))
     # a draft: n blocks for a row of its own, then L - n blocks for one more row of a pass
     L, plain = decoder.config.num_hidden_layers, fastest["plain"]
     question, rows = [], []
-    for exit, head in zip(heads.layers, heads.heads):
-        asked = question_ms(positions, decoder, head, MEASURES[heads.measure], temperature)
-        draft = (fastest[exit] - plain) / DRAFTS
+    for n in heads.layers:
+        asked = max(0.0, fastest["question", n] - plain)
+        draft = (fastest["drafts", n] - plain) / DRAFTS
         question.append(asked)
-        rows.append((draft - asked - plain * exit / L) / (L - exit))
+        rows.append((draft - asked - plain * n / L) / (L - n))
     row = max(0.0, sum(rows) / len(rows))         # one number for all exits: less noise
     further = [plain * n / L + row * (L - n) for n in heads.layers]
     return Costs(positions, plain, question, further)
@@ -75,25 +77,6 @@ def round_ms(tokens, log, drafts):
         pass
     spent = 1000 * (time.perf_counter() - begin)
     return spent if len(log.rounds) > done and log.rounds[-1][0] == drafts else math.inf
-
-
-@torch.inference_mode()
-def question_ms(positions, decoder, head, measure, temperature, repeats=30):
-    """A head's answer at one position, with its memory of the others: the fastest repeat."""
-    ids = torch.ones(1, positions, dtype=torch.long, device=decoder.embed_in.weight.device)
-    x, cache = decoder.embed(ids), head.new_cache(1, positions + 1)       # (1, positions, D)
-    if cache is not None:
-        head.body(x, cache)
-    choice, least = Choice(temperature, 1.0, None), math.inf
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        z = head.output(head.body(x[:, :1], cache))[0, 0]                 # (V,)
-        answer = choice.of(z)
-        measure(z).item(), choice.chance_kept(answer, answer).item()      # item() waits for a GPU
-        least = min(least, 1000 * (time.perf_counter() - begin))
-        if cache is not None:
-            cache.truncate(positions)
-    return least
 
 
 def automatic(decoder, heads, temperature=0.0):
