@@ -4,7 +4,7 @@ Whether a draft pays depends on the machine. So a few policies decode, and the c
 
     plain          a step of plain decoding: T
     question       a head is asked before every step, and never certain: T + question
-    three drafts   every round takes three drafts from one exit: T + 3 (question + further)
+    three drafts   every round takes three drafts from the first exit: T + 3 (question + further)
 
 So `further` is what one more draft costs beside the question: the shallow blocks for a row of its
 own, and the deeper ones for one more row of the verification. What the text says does not matter,
@@ -30,9 +30,10 @@ HARD = (("code", 64, 0.0), ("English", 64, 0.0), ("random", 64, 0.0), ("code", 6
         ("English", 64, 0.8), ("English", 64, 1.2), ("random", 64, 1.0), ("code", 1024, 0.0),
         ("English", 1024, 0.0), ("code", 1900, 0.0))      # text, tokens of the prompt, temperature
 DRAFTS, ROUNDS = 3, 4            # of a round, where drafts are timed; in a turn
+LONGEST = 10                     # seconds of turns
 
 
-def measure_costs(decoder, heads, temperature=0.0, turns=15):
+def measure_costs(decoder, heads, temperature=0.0, turns=20):
     """Costs of the decoder with its heads, with few and with many positions cached: two Costs."""
     context = decoder.config.max_position_embeddings
     return [costs_at(max(1, n), decoder, heads, temperature, turns)
@@ -40,34 +41,30 @@ def measure_costs(decoder, heads, temperature=0.0, turns=15):
 
 
 def costs_at(positions, decoder, heads, temperature, turns):
-    """Costs with about this many positions cached."""
-    policies = {"plain": Plain()}
-    for exit in heads.layers:
-        never = [-math.inf if n == exit else None for n in heads.layers]
-        policies["question", exit] = DSSD(heads, never)
-        policies["drafts", exit] = LayerSkip(heads, exit, DRAFTS)
-    running, fastest = {}, {name: math.inf for name in policies}
-    for name, policy in policies.items():
+    """Costs with about this many positions cached, from the first exit: heads are of one kind."""
+    first, *others = heads.layers
+    never = [-math.inf, *(None for _ in others)]
+    policies = Plain(), DSSD(heads, never), LayerSkip(heads, first, DRAFTS)
+    running, fastest = [], [math.inf] * 3
+    for policy in policies:
         log, most = Log(), (DRAFTS + 1) * ROUNDS * turns + 2
         tokens = stream(decoder, [1] * positions, most, policy, temperature=temperature, log=log)
-        running[name] = tokens, log
+        running.append((tokens, log))
     # some rounds of each in turn; the fastest counts: a machine that is shared is slow at times
-    for _ in range(turns):
-        for name, (tokens, log) in running.items():
-            drafts = DRAFTS if "drafts" in name else 0
+    begin = time.perf_counter()
+    for turn in range(turns):
+        if turn > 1 and time.perf_counter() - begin > LONGEST:
+            break
+        for i, drafts in enumerate((0, 0, DRAFTS)):
             for _ in range(ROUNDS):
-                fastest[name] = min(fastest[name], round_ms(tokens, log, drafts))
+                fastest[i] = min(fastest[i], round_ms(*running[i], drafts))
+    plain, with_question, with_drafts = fastest
+    question = max(0.0, with_question - plain)
     # a draft: n blocks for a row of its own, then L - n blocks for one more row of a pass
-    L, plain = decoder.config.num_hidden_layers, fastest["plain"]
-    question, rows = [], []
-    for n in heads.layers:
-        asked = max(0.0, fastest["question", n] - plain)
-        draft = (fastest["drafts", n] - plain) / DRAFTS
-        question.append(asked)
-        rows.append((draft - asked - plain * n / L) / (L - n))
-    row = max(0.0, sum(rows) / len(rows))         # one number for all exits: less noise
+    L, draft = decoder.config.num_hidden_layers, (with_drafts - plain) / DRAFTS
+    row = max(0.0, draft - question - plain * first / L) / (L - first)
     further = [plain * n / L + row * (L - n) for n in heads.layers]
-    return Costs(positions, plain, question, further)
+    return Costs(positions, plain, [question] * len(further), further)
 
 
 def round_ms(tokens, log, drafts):
