@@ -4,7 +4,7 @@ Whether a draft pays depends on the machine. So a few policies decode, and the c
 
     plain          a step of plain decoding: T
     question       a head is asked before every step, and never certain: T + question
-    two drafts     every round takes two drafts from the first exit: T + 2 (question + further)
+    three drafts   every round takes three drafts from the first exit: T + 3 (question + further)
 
 So `further` is what one more draft costs beside the question: the shallow blocks for a row of its
 own, and the deeper ones for one more row of the verification. What the text says does not matter,
@@ -29,7 +29,7 @@ from model import InputError, command_line
 HARD = (("code", 64, 0.0), ("English", 64, 0.0), ("random", 64, 0.0), ("code", 64, 0.8),
         ("English", 64, 0.8), ("English", 64, 1.2), ("random", 64, 1.0), ("code", 1024, 0.0),
         ("English", 1024, 0.0), ("code", 1900, 0.0))      # text, tokens of the prompt, temperature
-DRAFTS, ROUNDS = 2, 4            # of a round, where drafts are timed; in a turn
+DRAFTS, ROUNDS = 3, 4            # of a round, where drafts are timed; in a turn
 LONGEST = 10                     # seconds of turns
 
 
