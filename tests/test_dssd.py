@@ -336,7 +336,7 @@ def exact_joint(model, ids, temperature, top_p, n=3):
     return paths
 
 
-DRAWS = int(os.environ.get("NANOEXIT_DRAWS", 200))                       # per case; CI takes 16,000 in all
+DRAWS = int(os.environ.get("NANOEXIT_DRAWS", 200))                       # per case; CI takes 10,000 in all
 
 
 def chi_square(model, policy, temperature, top_p, draws=DRAWS):

@@ -605,7 +605,7 @@ def test_the_chapter_runs_on_the_toy(tmp_path):
 
 @pytest.mark.slow
 def test_tokens_on_the_toy_at_full_size():
-    status, out, errors = call(eero)
+    status, out, errors = call(eero, "--prompts", 12)
     assert status == 0, errors
     worst = next(line for line in out.splitlines() if line.startswith("  EERO "))
     assert abs(float(worst.split()[1])) < 1.0                  # % of the full cost
