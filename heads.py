@@ -47,6 +47,7 @@ from model import (TOY, Block, InputError, KVCache, Pythia, Tokenizer, check_for
                    command_line, locate, written_whole)
 
 PAPER, FAST = "heads.safetensors", "heads-fast.safetensors"    # the files in a model's folder
+NUMBERS = 2 ** 22                     # the largest tensor of an evaluation, 16 MB in float32
 
 # ---------------------------------------------------------------- the paper's head, and four more
 
@@ -385,23 +386,37 @@ def likeliest(logits):
 def evaluate(model, heads, ids, measures, batch=8):
     """Every head on windows ids (n, T + 1), the last column only a target: N = n T -> Evaluation.
 
-    measures: {name: function of logits}, e.g. confidence.MEASURES. No tensor of size N x V exists.
+    measures: {name: function of logits}, e.g. confidence.MEASURES. A tensor holds about NUMBERS
+    numbers at most: memory does not grow with N x V.
     """
-    uncertainty, choices, targets = {name: [] for name in measures}, [], []
-    divergence = torch.zeros(len(heads.layers))
+    config, divergence = model.config, torch.zeros(len(heads.layers))
+    depths = (*heads.layers, config.num_hidden_layers)
+    batch = max(1, min(batch, NUMBERS // (ids.shape[1] * config.intermediate_size)))
+    chunk = max(1, NUMBERS // config.vocab_size)
+    columns = {name: [] for name in (*measures, "choice")}
     for rows in ids.split(batch):
+        # the residual streams, and the heads' bodies, for whole windows
         rows = rows.to(model.embed_in.weight.device)
-        full, hidden = model(rows[:, :-1], exits=heads.layers)            # (B, T, V), M x (B, T, D)
-        full = full.flatten(0, 1)
-        logits = [z.flatten(0, 1) for z in heads.logits(hidden)]          # M x (B T, V)
-        for name, measure in measures.items():
-            uncertainty[name].append(torch.stack([measure(z) for z in logits], 1).cpu())
-        choices.append(torch.stack([likeliest(z) for z in (*logits, full)], 1).cpu())
-        targets.append(rows[:, 1:].flatten().cpu())
-        divergence += torch.stack([kl(full.float(), z.float()) for z in logits]).cpu()
-    choice, target = torch.cat(choices).numpy(), torch.cat(targets).numpy()
+        *hidden, last = model.hidden_states(rows[:, :-1], depths)         # (B, T, D) each
+        bodies = [head.body(h).flatten(0, 1) for head, h in zip(heads.heads, hidden)]
+        last = last.flatten(0, 1)                                         # (B T, D)
+        for i in range(0, len(last), chunk):
+            # the logits of a chunk, one head after the other
+            said = {name: [] for name in columns}
+            full = model.unembed(last[i:i + chunk])                       # (n, V)
+            for m, head in enumerate(heads.heads):
+                z = head.output(bodies[m][i:i + chunk])                   # (n, V)
+                for name, measure in measures.items():
+                    said[name].append(measure(z))
+                said["choice"].append(likeliest(z))
+                divergence[m] += kl(full.float(), z.float()).cpu()
+            said["choice"].append(likeliest(full))
+            for name, parts in said.items():
+                columns[name].append(torch.stack(parts, 1).cpu())         # (n, M); choices M + 1
+    arrays = {name: torch.cat(parts).numpy() for name, parts in columns.items()}
+    choice, target = arrays.pop("choice"), ids[:, 1:].flatten().cpu().numpy()
     return Evaluation(
-        uncertainty={name: torch.cat(parts).numpy() for name, parts in uncertainty.items()},
+        uncertainty=arrays,
         choice=choice,
         agree=(choice[:, :-1] == choice[:, -1:]) & (choice[:, -1:] >= 0),
         right=choice == target[:, None],
