@@ -98,8 +98,7 @@ def test_chunks_do_not_change_the_loss(chunk):
     model, ids = tiny(), torch.randint(0, 96, (2, 13))
     heads = shaken(model)
     *hidden, last = model.hidden_states(ids, (1, 2, 3, 4))
-    with torch.no_grad():
-        assert torch.allclose(distill_in_chunks(heads, hidden, last, chunk=chunk), distill_loss(heads, hidden, last), atol=1e-5)
+    assert torch.allclose(distill_in_chunks(heads, hidden, last, chunk=chunk), distill_loss(heads, hidden, last), atol=1e-5)
 
 
 def test_loss_is_zero_only_for_the_full_models_own_distribution():
