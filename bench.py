@@ -35,6 +35,7 @@ import math
 import os
 import platform
 import resource
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -396,7 +397,8 @@ def take_peak(device):
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return peak / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024        # bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     # only Linux can start anew; elsewhere the peak only ever rises
     if os.path.exists("/proc/self/clear_refs"):
         Path("/proc/self/clear_refs").write_text("5")

@@ -293,7 +293,7 @@ class Training:
         self.optimizer = Optimizer(heads, blocks, args.lr, 10 * args.lr, weight_decay=0.0)
         self.generator = torch.Generator().manual_seed(args.seed)
         self.metrics = []                 # {"step": .., "loss_nats": [..]}
-        self.seconds = [0.0, 0.0]         # of the frozen blocks; of unembedding and heads
+        self.seconds = [0.0, 0.0, 0.0]    # of the frozen blocks; unembedding, heads; optimizer
 
     def clock(self):
         if self.team.device != "cpu":
@@ -323,6 +323,7 @@ class Training:
             self.seconds[0] += middle - begin
             self.seconds[1] += self.clock() - middle
         # 3. the mean of all batches and processes
+        begin = self.clock()
         gradients = [p.grad for p in heads.parameters()]
         self.team.average([*gradients, losses, notice])
         for gradient in gradients:
@@ -331,6 +332,7 @@ class Training:
         done = len(self.metrics)
         cosine = 0.5 + 0.5 * math.cos(math.pi * done / self.args.steps)
         self.optimizer.step(min(1, (done + 1) / 20) * cosine)
+        self.seconds[2] += self.clock() - begin
         rounded = [round(x, 5) for x in losses.tolist()]
         self.metrics.append({"step": done + 1, "loss_nats": rounded})
         return losses
@@ -350,6 +352,21 @@ class Training:
             others += 3 * part * own.pop("out.weight", 0) + 3 * sum(own.values())
             others += 0 if head.owns_matrix else 2 * unembed
         return blocks, others
+
+
+def report_pace(training):
+    """Print how fast training was beside what no code could exceed, and what took the time."""
+    config, team, seconds = training.model.config, training.team, training.seconds
+    whole = sum(seconds)
+    blocks, others = training.multiplications()
+    # a token of the frozen model alone: its blocks, and its unembedding at the same pace
+    full = config.full_cost / config.num_hidden_layers
+    limit = full * blocks / (blocks + others)
+    print(f"training ran at {full * seconds[0] / whole:.0%} of the frozen model's own tokens/s; "
+          f"multiplications alone allow {limit:.0%}")
+    shares = [f"{second / whole:.0%}" for second in seconds]
+    print(f"the frozen model's blocks took {shares[0]} of the time, its unembedding and the heads "
+          f"{shares[1]}, the optimizer {shares[2]}; peak memory {team.peak_memory():.2f} GB")
 
 
 def train_heads(training, batches, folder):
@@ -383,11 +400,7 @@ def train_heads(training, batches, folder):
         print(f"\ninterrupted after {len(metrics):,} steps: calibrating what was trained "
               "(Ctrl-C again to stop without)")
     if sum(training.seconds):
-        share = training.seconds[0] / sum(training.seconds)
-        blocks, others = training.multiplications()
-        least = blocks / (blocks + others)            # what no code could exceed
-        print(f"the frozen model's blocks took {share:.0%} of the training time, its unembedding "
-              f"and the heads {1 - share:.0%} (counting multiplications alone, {1 - least:.0%})")
+        report_pace(training)
     return True
 
 

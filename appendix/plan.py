@@ -16,11 +16,11 @@ All else is float32, 4 bytes:
     one block           e N (2 I + 3 D), I the width inside its MLP: what it computes and lets go
     the heads' bodies   what the gradient needs: 4 N x (2 D + inputs and outputs of all matrices
                         but the last), per head
-    the loss            7 x 4 x 1,024 V: logits exist for 1,024 positions and one head at a time
-    calibration, test   (M + 6) x 4 x 8 T V: all heads' logits for 8 windows, no gradients
+    the loss            for 1,024 positions and one head at a time: (e + 4) x 1,024 V for logits,
+                        4 D V for a gradient that is added to the last one (if the head has a
+                        matrix of its own), and 7 x 16 MB for what a few rows need
 
-The factors 7 and 6 are counted: logits, their logarithms, products, and gradients of one head.
-Python and torch themselves take some 0.5 GB more, on a GPU more.
+Calibration and test need less. Python and torch themselves take some 0.3 GB more, on a GPU more.
 
 Time. A model of the same width with 2 blocks, one head and at most 8,192 tokens of vocabulary, all
 random, takes a step. Its seconds are scaled to the real number of multiplications, apart for the
@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from heads import ExitHeads
+from heads import NUMBERS, ExitHeads
 from model import InputError, Pythia, PythiaConfig, read_json
 from train import MEASURED, Training, make_heads
 
@@ -43,7 +43,7 @@ SHAPES = {"pythia-14m": (128, 6, 4, 50304), "pythia-31m": (256, 6, 8, 50304),
           "pythia-410m": (1024, 24, 16, 50304), "pythia-1b": (2048, 16, 8, 50304),
           "pythia-1.4b": (2048, 24, 16, 50304), "pythia-2.8b": (2560, 32, 32, 50304),
           "pythia-6.9b": (4096, 32, 32, 50432), "pythia-12b": (5120, 36, 40, 50688)}
-CHUNK, EVALUATED = 1024, 8            # positions of the loss at a time, windows of the test
+CHUNK = 1024                          # positions of the loss at a time
 DEAR = 5e8                            # parameters of all heads' own matrices
 
 
@@ -65,7 +65,7 @@ def count(module):
 
 
 def memory(training, length):
-    """What takes memory: {what: bytes}, the last two never together."""
+    """What takes memory, all at the same time: {what: bytes}."""
     model, heads, args = training.model, training.heads, training.args
     config, M = model.config, len(heads.layers)
     D, V, N = config.hidden_size, config.vocab_size, args.batch * length
@@ -80,6 +80,9 @@ def memory(training, length):
     for name, p in heads.named_parameters():
         if p.dim() == 2 and not name.endswith("out.weight"):
             inside += sum(p.shape)
+    # 3. the loss
+    logits = (e + 4) * min(CHUNK, N) * V + 7 * 4 * NUMBERS
+    added = 4 * D * V if heads.heads[0].owns_matrix else 0
     return {"the frozen model": e * count(model),
             "heads": 4 * count(heads),
             "their gradients": 4 * count(heads),
@@ -87,8 +90,7 @@ def memory(training, length):
             f"residual streams at {M + 1} depths": e * (M + 1) * N * D,
             "one block at work": e * N * (2 * config.intermediate_size + 3 * D),
             "the heads' bodies, for the gradients": 4 * N * inside,
-            f"the loss, {CHUNK:,} positions at a time": 7 * 4 * min(CHUNK, N) * V,
-            "calibration and test instead": (M + 6) * 4 * EVALUATED * length * V}
+            f"the loss, {CHUNK:,} positions at a time": logits + added}
 
 
 def seconds(training, length):
@@ -102,12 +104,11 @@ def seconds(training, length):
     ids = torch.randint(small.vocab_size, (B, length), device=args.device)
     notice = torch.zeros(1, device=args.device)
     for _ in range(2):                    # the first step only warms up
-        trial.seconds, begin = [0.0, 0.0], trial.clock()
+        trial.seconds = [0.0, 0.0, 0.0]
         trial.step(iter([ids] * args.accumulate), notice)
-        step = trial.clock() - begin
     pairs = zip(trial.seconds, training.multiplications(), trial.multiplications())
     blocks, others = [time * real / tried * args.batch / B for time, real, tried in pairs]
-    return blocks, others, (step - sum(trial.seconds)) * count(training.heads) / count(heads)
+    return blocks, others, trial.seconds[2] * count(training.heads) / count(heads)
 
 
 def spoken(seconds):
@@ -141,9 +142,7 @@ def show_memory(training, length):
     print(f"\nGB of memory, {args.batch} windows of {length:,} tokens at a time, {args.dtype}")
     for what, size in parts.items():
         print(f"{size / 1e9:8.2f}  {what}")
-    frozen, heads, gradients, state, *work, test = parts.values()
-    most = frozen + heads + state + max(gradients + sum(work), test)
-    print(f"{most / 1e9:8.2f}  at most at once")
+    print(f"{sum(parts.values()) / 1e9:8.2f}  at most at once")
 
 
 def show_time(training, length):
@@ -153,7 +152,7 @@ def show_time(training, length):
           + ", and the model writes text first" * ("self" in args.data), flush=True)
     blocks, others, optimizer = seconds(training, length)
     step = blocks + others + optimizer
-    # no gradients, but the measures, and larger tensors: about as long for a token
+    # no gradients, but the measures: about as long for a token
     test = (blocks + others) * args.steps * 2 * MEASURED / learned
     print(f"about {spoken(step)} a step, {spoken(step * args.steps)} to train, {spoken(test)} to "
           f"calibrate and test: a trial of 2 random blocks and a head, scaled")

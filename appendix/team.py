@@ -39,6 +39,17 @@ class Team:
         if self.size > 1:
             dist.destroy_process_group()
 
+    def peak_memory(self):
+        """The most that this process held at once, in GB; on a GPU what torch allocated there."""
+        if self.device != "cpu":
+            return torch.cuda.max_memory_allocated() / 1e9
+        try:
+            import resource               # Windows has none
+        except ImportError:
+            return float("nan")
+        unit = 1 if sys.platform == "darwin" else 1024    # bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
     def average(self, tensors):
         """Each tensor becomes its mean over all processes, in place."""
         if self.size > 1:

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import heads as H
 from confidence import MEASURES
@@ -73,7 +74,8 @@ def direct_hard(full, head, weight=0.1):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loss, direct", [(kl, direct_kl), (topk_kl, direct_topk), (hard, direct_hard)])
-def test_chunked_loss_and_gradients_equal_direct_autograd(kind, loss, direct):
+def test_chunked_loss_and_gradients_equal_direct_autograd(kind, loss, direct, monkeypatch):
+    monkeypatch.setattr(H, "NUMBERS", 3 * 96)                             # the gradient of three rows at a time
     model, ids = tiny(), torch.randint(0, 96, (2, 13))
     chunked, plain = shaken(model, kind=kind), shaken(model, kind=kind)
     *hidden, last = model.hidden_states(ids, (1, 2, 3, 4))
@@ -294,7 +296,9 @@ def test_command_line(tmp_path):
 # ---------------------------------------------------------------- one evaluation, one measuring text
 
 
-def test_evaluate_equals_a_direct_computation():
+@pytest.mark.parametrize("numbers", [1, 1000, H.NUMBERS])                 # one row at a time; some; all
+def test_evaluate_equals_a_direct_computation(numbers, monkeypatch):
+    monkeypatch.setattr(H, "NUMBERS", numbers)
     model = tiny()
     heads, ids = shaken(model, [1, 3], "mlp"), torch.randint(0, 96, (5, 17))
     found = evaluate(model, heads, ids, MEASURES, batch=2)
@@ -312,6 +316,33 @@ def test_evaluate_equals_a_direct_computation():
         assert found.kl[m] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), abs=1e-4)
     assert found.choice[:, 2].tolist() == choice.tolist() and found.right[:, 2].tolist() == (choice == truth).tolist()
     assert set(found.uncertainty) == set(MEASURES) and found.agree.shape == (80, 2)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that anything computes meanwhile."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for x in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(x, torch.Tensor) and x.dim() and not x._is_view():
+                self.numbers = max(getattr(self, "numbers", 0), x.numel())
+        return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tensor_grows_with_the_vocabulary(kind, monkeypatch):
+    """200 windows of 17 tokens, V = 9,000: all logits of a head would be 29 M numbers, of 20 rows 180,000."""
+    monkeypatch.setattr(H, "NUMBERS", 180_000)
+    model = tiny(vocab_size=9000)
+    heads, ids = shaken(model, kind=kind), torch.randint(0, 9000, (200, 17))
+    with Largest() as largest:
+        evaluate(model, heads, ids, MEASURES)
+    assert 9000 * 19 < largest.numbers <= 180_000
+    # the loss: the logits of one chunk of one head, or a gradient of its matrix
+    *hidden, last = model.hidden_states(ids, (*heads.layers, 4))
+    with Largest() as largest:
+        distill_in_chunks(heads, hidden, last, chunk=100)
+    assert largest.numbers == 9000 * 100
 
 
 def test_the_measuring_text_is_the_same_everywhere(toy_tokenizer):
