@@ -355,7 +355,7 @@ class Training:
 
 
 def report_pace(training):
-    """Print how fast training was beside what no code could exceed, and what took the time."""
+    """Print the pace of training, what it would be by multiplications alone, and what took time."""
     config, team, seconds = training.model.config, training.team, training.seconds
     whole = sum(seconds)
     blocks, others = training.multiplications()
@@ -363,7 +363,7 @@ def report_pace(training):
     full = config.full_cost / config.num_hidden_layers
     limit = full * blocks / (blocks + others)
     print(f"training ran at {full * seconds[0] / whole:.0%} of the frozen model's own tokens/s; "
-          f"multiplications alone allow {limit:.0%}")
+          f"by multiplications alone it would be {limit:.0%}")
     shares = [f"{second / whole:.0%}" for second in seconds]
     print(f"the frozen model's blocks took {shares[0]} of the time, its unembedding and the heads "
           f"{shares[1]}, the optimizer {shares[2]}; peak memory {team.peak_memory():.2f} GB")

@@ -83,7 +83,7 @@ def check_main_job(model, text, out):
         assert 0 <= record["agreement"] <= 1
         assert set(record["levels"]) == {"0.80", "0.90", "0.95", "0.98"}
     assert len(lines[6]["own_greedy_agreement"]) == 3
-    pace, limit = map(int, re.search(r"ran at (\d+)% of the .* alone allow (\d+)%", printed).groups())
+    pace, limit = map(int, re.search(r"ran at (\d+)% of the .* alone it would be (\d+)%", printed).groups())
     shares = re.search(r"blocks took (\d+)% .* heads (\d+)%, the optimizer (\d+)%; ", printed)
     assert 0 < pace <= 100 and 0 < limit < 100 and 98 <= sum(map(int, shares.groups())) <= 102
     assert 0.05 < float(re.search(r"; peak memory (.*) GB", printed)[1]) < 100
