@@ -20,7 +20,7 @@ All else is float32, 4 bytes:
                         4 D V for a gradient that is added to the last one (if the head has a
                         matrix of its own), and 7 x 16 MB for what a few rows need
 
-Calibration and test need less. Python and torch themselves take some 0.3 GB more, on a GPU more.
+Calibration and test need less. Python, torch and its buffers take 0.5 to 0.8 GB more.
 
 Time. A model of the same width with 2 blocks, one head and at most 8,192 tokens of vocabulary, all
 random, takes a step. Its seconds are scaled to the real number of multiplications, apart for the
