@@ -404,34 +404,33 @@ def evaluate(model, heads, ids, measures, batch=8):
     measures: {name: function of logits}, e.g. confidence.MEASURES. A tensor holds about NUMBERS
     numbers at most: memory does not grow with N x V.
     """
-    config, divergence = model.config, torch.zeros(len(heads.layers))
-    depths = (*heads.layers, config.num_hidden_layers)
+    config, M, N = model.config, len(heads.layers), ids[:, 1:].numel()
+    depths, done = (*heads.layers, config.num_hidden_layers), 0
     batch = max(1, min(batch, NUMBERS // (ids.shape[1] * config.intermediate_size)))
     chunk = max(1, NUMBERS // config.vocab_size)
-    columns = {name: [] for name in (*measures, "choice")}
+    # filled in place: many small results among large tensors would leave holes in memory
+    uncertainty = {name: torch.zeros(N, M) for name in measures}
+    choice, divergence = torch.zeros(N, M + 1, dtype=torch.long), torch.zeros(M)
     for rows in ids.split(batch):
         # the residual streams, and the heads' bodies, for whole windows
         rows = rows.to(model.embed_in.weight.device)
         *hidden, last = model.hidden_states(rows[:, :-1], depths)         # (B, T, D) each
         bodies = [head.body(h).flatten(0, 1) for head, h in zip(heads.heads, hidden)]
-        last = last.flatten(0, 1)                                         # (B T, D)
-        for i in range(0, len(last), chunk):
+        for i in range(0, len(bodies[0]), chunk):
             # the logits of a chunk, one head after the other
-            said = {name: [] for name in columns}
-            full = model.unembed(last[i:i + chunk])                       # (n, V)
+            full = model.unembed(last.flatten(0, 1)[i:i + chunk])         # (n, V)
+            at = slice(done, done + len(full))
             for m, head in enumerate(heads.heads):
                 z = head.output(bodies[m][i:i + chunk])                   # (n, V)
                 for name, measure in measures.items():
-                    said[name].append(measure(z))
-                said["choice"].append(likeliest(z))
+                    uncertainty[name][at, m] = measure(z).float().cpu()
+                choice[at, m] = likeliest(z).cpu()
                 divergence[m] += kl(full.float(), z.float()).cpu()
-            said["choice"].append(likeliest(full))
-            for name, parts in said.items():
-                columns[name].append(torch.stack(parts, 1).cpu())         # (n, M); choices M + 1
-    arrays = {name: torch.cat(parts).numpy() for name, parts in columns.items()}
-    choice, target = arrays.pop("choice"), ids[:, 1:].flatten().cpu().numpy()
+            choice[at, M] = likeliest(full).cpu()
+            done += len(full)
+    choice, target = choice.numpy(), ids[:, 1:].flatten().cpu().numpy()
     return Evaluation(
-        uncertainty=arrays,
+        uncertainty={name: values.numpy() for name, values in uncertainty.items()},
         choice=choice,
         agree=(choice[:, :-1] == choice[:, -1:]) & (choice[:, -1:] >= 0),
         right=choice == target[:, None],
