@@ -47,7 +47,6 @@ from model import (TOY, Block, InputError, KVCache, Pythia, Tokenizer, check_for
                    command_line, locate, written_whole)
 
 PAPER, FAST = "heads.safetensors", "heads-fast.safetensors"    # the files in a model's folder
-NUMBERS = 2 ** 22                     # the largest tensor of an evaluation, 16 MB in float32
 
 # ---------------------------------------------------------------- the paper's head, and four more
 
@@ -332,13 +331,17 @@ def distill_loss(heads, hidden, last, loss=kl):
     return torch.stack(sums) / len(full)
 
 
-def gradient_in_place(loss, full, logits, N):
-    """The sum of loss(full, logits) / N, some rows at a time. Its gradient overwrites the logits.
+def rows_at_once(width, device):
+    """How many rows of `width` numbers to compute with at once.
 
-    What is computed for a few rows stays in the processor's cache: at V = 50,304, on two cores,
-    this takes a fifth of the time of all rows at once.
+    On a processor 4 MB, which stay in its cache: a loss takes a fifth of the time. On a GPU many.
     """
-    total, rows = 0, max(1, NUMBERS // full.shape[-1])
+    return max(1, (2 ** 20 if device.type == "cpu" else 2 ** 26) // width)
+
+
+def gradient_in_place(loss, full, logits, N):
+    """The sum of loss(full, logits) / N, rows by rows; the gradient takes the logits' place."""
+    total, rows = 0, rows_at_once(full.shape[-1], full.device)
     for i in range(0, len(full), rows):
         z = logits[i:i + rows].float().requires_grad_()                   # (rows, V)
         part = loss(full[i:i + rows].float(), z) / N
@@ -401,20 +404,20 @@ def likeliest(logits):
 def evaluate(model, heads, ids, measures, batch=8):
     """Every head on windows ids (n, T + 1), the last column only a target: N = n T -> Evaluation.
 
-    measures: {name: function of logits}, e.g. confidence.MEASURES. A tensor holds about NUMBERS
-    numbers at most: memory does not grow with N x V.
+    measures: {name: function of logits}, e.g. confidence.MEASURES. Logits exist for a few
+    positions of one head at a time: memory does not grow with N x V.
     """
-    config, M, N = model.config, len(heads.layers), ids[:, 1:].numel()
-    depths, done = (*heads.layers, config.num_hidden_layers), 0
-    batch = max(1, min(batch, NUMBERS // (ids.shape[1] * config.intermediate_size)))
-    chunk = max(1, NUMBERS // config.vocab_size)
+    config, device = model.config, model.embed_in.weight.device
+    M, N, done = len(heads.layers), ids[:, 1:].numel(), 0
+    depths = (*heads.layers, config.num_hidden_layers)
+    batch = min(batch, rows_at_once(ids.shape[1] * config.intermediate_size, device))
+    chunk = rows_at_once(config.vocab_size, device)
     # filled in place: many small results among large tensors would leave holes in memory
     uncertainty = {name: torch.zeros(N, M) for name in measures}
-    choice, divergence = torch.zeros(N, M + 1, dtype=torch.long), torch.zeros(M)
+    choice, divergence = torch.zeros(N, M + 1, dtype=torch.int32), torch.zeros(M)
     for rows in ids.split(batch):
         # the residual streams, and the heads' bodies, for whole windows
-        rows = rows.to(model.embed_in.weight.device)
-        *hidden, last = model.hidden_states(rows[:, :-1], depths)         # (B, T, D) each
+        *hidden, last = model.hidden_states(rows[:, :-1].to(device), depths)  # (B, T, D) each
         bodies = [head.body(h).flatten(0, 1) for head, h in zip(heads.heads, hidden)]
         for i in range(0, len(bodies[0]), chunk):
             # the logits of a chunk, one head after the other

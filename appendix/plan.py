@@ -18,7 +18,8 @@ All else is float32, 4 bytes:
                         but the last), per head
     the loss            for 1,024 positions and one head at a time: (e + 4) x 1,024 V for logits,
                         4 D V for a gradient that is added to the last one (if the head has a
-                        matrix of its own), and 7 x 16 MB for what a few rows need
+                        matrix of its own), and 7 times the rows computed with at once (4 MB on
+                        a CPU, all 1,024 on a GPU)
 
 Calibration and test need less. Python, torch and its buffers take 0.5 to 0.8 GB more.
 
@@ -33,7 +34,7 @@ from pathlib import Path
 
 import torch
 
-from heads import NUMBERS, ExitHeads
+from heads import ExitHeads, rows_at_once
 from model import InputError, Pythia, PythiaConfig, read_json
 from train import MEASURED, Training, make_heads
 
@@ -81,7 +82,9 @@ def memory(training, length):
         if p.dim() == 2 and not name.endswith("out.weight"):
             inside += sum(p.shape)
     # 3. the loss
-    logits = (e + 4) * min(CHUNK, N) * V + 7 * 4 * NUMBERS
+    chunk = min(CHUNK, N)
+    rows = min(chunk, rows_at_once(V, torch.device(args.device)))
+    logits = (e + 4) * chunk * V + 7 * 4 * rows * V
     added = 4 * D * V if heads.heads[0].owns_matrix else 0
     return {"the frozen model": e * count(model),
             "heads": 4 * count(heads),
