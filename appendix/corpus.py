@@ -15,7 +15,8 @@ Splits. A hash of a file's name, or of a line's text, chooses a document's split
 Fewer than 30 documents make one stream, which is cut 80 : 10 : 10.
 
 Cache. The ids lie in a folder whose name is a hash of the files' names, sizes and times and of the
-tokenizer. They are written under a temporary name, so a folder that is there is whole.
+tokenizer. They are written under a temporary name, so a folder that is there is whole. One process
+writes at a time: of those that torchrun starts, the others wait and find what the first has made.
 
     python -m appendix.corpus PATH --model pythia-70m       tokenise, and say what came out
 
@@ -38,7 +39,7 @@ from array import array
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +48,7 @@ import numpy as np
 import torch
 
 from appendix.minipile import fetch_minipile
+from appendix.runs import alone_in
 from model import TOY, InputError, Tokenizer, command_line, locate
 from train import SPLITS, Progress, split_of
 
@@ -330,20 +332,38 @@ def prepare(data, tokenizer, processes=None):
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     if not folder.is_dir():
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(".tmp", folder.name + ".", folder.parent))
-            try:
-                build(temporary, data, files, left, tokenizer, dtype, processes)
-                if files_of(root)[0] != files:
-                    raise InputError(f"--data {data} changed while it was read; run again")
-                os.replace(temporary, folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+            with new_folder(folder) as temporary:
+                if temporary:
+                    build(temporary, data, files, left, tokenizer, dtype, processes)
+                    if files_of(root)[0] != files:
+                        raise InputError(f"--data {data} changed while it was read; run again")
         except OSError as error:
             if not folder.is_dir():       # else another process was faster
                 raise InputError(f"the ids of --data {data} cannot be kept ({error}); set "
                                  f"NANOEXIT_CACHE to a folder with room for them") from None
     return folder, json.loads((folder / "about.json").read_text("utf-8"))
+
+
+@contextmanager
+def new_folder(folder):
+    """Gives a temporary folder to fill, which gets the name `folder` at the end.
+
+    One process does so at a time. None if another has done it meanwhile.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder.parent) as alone:
+        if folder.is_dir():
+            yield None
+            return
+        if alone:                         # then this was left by processes that were killed
+            for left in folder.parent.glob("[0-9a-f]" * 20 + ".*.tmp"):
+                shutil.rmtree(left)
+        temporary = Path(tempfile.mkdtemp(".tmp", folder.name + ".", folder.parent))
+        try:
+            yield temporary
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_corpus(data, tokenizer):

@@ -32,6 +32,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from appendix.runs import alone_in
 from model import (LARGEST_JSON, InputError, PythiaConfig, Tokenizer, command_line, open_weights,
                    read_json, shard_names, shards_of, written_whole)
 
@@ -126,14 +127,15 @@ def download(name):
             fetch(address + file, folder / file, size, sha256)
 
     try:
-        need("config.json")
-        need("tokenizer.json")
-        try:
-            need("model.safetensors", size, sha256)
-        except FileNotFoundError:         # large models come in shards
-            need("model.safetensors.index.json")
-            for shard in shards_of(folder):
-                need(shard)
+        with alone_in(folder):
+            need("config.json")
+            need("tokenizer.json")
+            try:
+                need("model.safetensors", size, sha256)
+            except FileNotFoundError:     # large models come in shards
+                need("model.safetensors.index.json")
+                for shard in shards_of(folder):
+                    need(shard)
     except FileNotFoundError as error:
         raise InputError(f"{error} does not exist on the server; "
                          f"this checkpoint has no safetensors there") from None

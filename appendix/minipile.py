@@ -21,6 +21,7 @@ import time
 import urllib.parse
 import urllib.request
 
+from appendix.runs import alone_in
 from model import InputError, command_line
 from train import Progress
 
@@ -75,6 +76,13 @@ def fetch_page(host, first):
 def fetch_minipile(folder, documents=DOCUMENTS, host=HOST):
     """See to it that the folder holds the first `documents` documents. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        fetch_missing(folder, documents, host)
+    return folder
+
+
+def fetch_missing(folder, documents, host):
+    """Fetch the pages that the folder lacks."""
     paths = {first: folder / f"{first:07}.jsonl" for first in range(0, documents, ROWS)}
     missing = [first for first, path in paths.items() if not path.exists()]
     progress = Progress(ROWS * len(missing), "documents")
@@ -87,7 +95,6 @@ def fetch_minipile(folder, documents=DOCUMENTS, host=HOST):
         progress.show(ROWS * done, "fetching minipile")
         if len(texts) < ROWS:             # the last page
             break
-    return folder
 
 
 def main():

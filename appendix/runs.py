@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,21 +42,44 @@ def undisturbed():
             signal.signal(number, handler)
 
 
-def lock(folder):
-    """Lock a folder -> a handle to close, None where there are no locks. InputError if it is taken.
+def lock(folder, wait=False):
+    """Lock a folder -> a handle to close, None where there are no locks.
 
-    The lock is the kernel's and ends with the process: a run that is killed leaves none behind.
+    If another process has the lock, wait for it, or raise BlockingIOError. The lock is the kernel's
+    and ends with the process: one that is killed leaves none behind.
     """
     try:
-        import fcntl                      # Windows has none
+        import fcntl
         handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return handle
-    except BlockingIOError:
-        os.close(handle)
-        raise InputError(f"--out {folder}: another run writes there; give another folder") from None
-    except (ImportError, OSError):
+    except (ImportError, OSError):        # Windows, or a folder that may not be listed
         return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return handle
+    except OSError as error:
+        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None                       # a file system without locks
+
+
+@contextmanager
+def alone_in(folder):
+    """One process at a time is in the block for a folder; the others wait, and say so.
+
+    Gives False where there are no locks. So of the processes that torchrun starts, one fetches or
+    tokenises, and the others find its files.
+    """
+    try:
+        handle = lock(folder)
+    except BlockingIOError:
+        print(f"waiting for another process that writes in {folder}", file=sys.stderr)
+        handle = lock(folder, wait=True)
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 class RunFolder:
@@ -79,13 +103,20 @@ class RunFolder:
             raise InputError(f"--out {self.path} is not a folder that can be written to "
                              f"({error.strerror})") from None
         try:
-            self.handle = lock(self.path)
+            self.handle = self.locked()
             for name in FILES:
                 check_file(self.path / name, "--out")
         except InputError:
             self.__exit__()
             raise
         return self
+
+    def locked(self):
+        try:
+            return lock(self.path)
+        except BlockingIOError:
+            raise InputError(f"--out {self.path}: another run writes there; "
+                             f"give another folder") from None
 
     def __exit__(self, *_):
         if self.handle is not None:

@@ -1,12 +1,15 @@
 """appendix/corpus.py: which files are read, the same ids as of the uncut text, the cache."""
 import json
 import os
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from appendix import corpus as C
+from appendix import runs as R
 from appendix.toy import save_model
 from conftest import ROOT, TOY, assert_refused, call, run, tiny
 from model import Tokenizer
@@ -188,18 +191,48 @@ def test_the_cache_is_used_and_never_half_written(tmp_path, monkeypatch, toy_tok
     assert sorted(os.listdir(cache)) == sorted([folder.name, other.name])
 
 
-def test_two_at_once_and_a_cache_that_cannot_be_written(tmp_path, monkeypatch, toy_tokenizer, cache):
-    path, whole, inner = tmp_path / "my.txt", C.deal, []
+@pytest.mark.parametrize("locks", [True, False])
+def test_of_two_at_once_one_tokenises(tmp_path, monkeypatch, toy_tokenizer, cache, locks, capsys):
+    path, whole, dealt, found = tmp_path / "my.txt", C.deal, [], []
     path.write_text("one two three " * 40)
+    if not locks:                                             # as on Windows: both work, one is kept
+        monkeypatch.setattr(R, "lock", lambda folder, wait=False: None)
 
-    def second_comes_first(*arguments):
-        monkeypatch.setattr(C, "deal", whole)
-        inner.append(C.prepare(str(path), toy_tokenizer))
+    def prepare():
+        found.append(C.prepare(str(path), toy_tokenizer))
+
+    def slow_deal(*arguments):
+        dealt.append(arguments)
+        if len(dealt) == 1:
+            other.start()
+            if locks:
+                while "waiting for another process" not in capsys.readouterr().err:
+                    time.sleep(0.01)
+            else:
+                other.join()
         whole(*arguments)
 
-    monkeypatch.setattr(C, "deal", second_comes_first)
-    assert C.prepare(str(path), toy_tokenizer) == inner[0]
-    assert os.listdir(cache) == [inner[0][0].name]
+    other = threading.Thread(target=prepare)
+    monkeypatch.setattr(C, "deal", slow_deal)
+    prepare()
+    other.join()
+    assert len(dealt) == (1 if locks else 2) and found[0] == found[1]
+    assert os.listdir(cache) == [found[0][0].name]
+
+
+def test_what_a_killed_process_left_goes_and_nothing_else(tmp_path, toy_tokenizer, cache):
+    path = tmp_path / "my.txt"
+    path.write_text("one two three " * 40)
+    (cache / "a.tmp").mkdir(parents=True)
+    (cache / f"{'0123456789' * 2}.abc.tmp").mkdir()
+    (cache / f"{'0123456789' * 2}.abc.tmp" / "ids").write_bytes(b"12")
+    folder, _ = C.prepare(str(path), toy_tokenizer)
+    assert sorted(os.listdir(cache)) == sorted(["a.tmp", folder.name])
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    path = tmp_path / "my.txt"
+    path.write_text("one two three " * 40)
     monkeypatch.setenv("NANOEXIT_CACHE", str(path))
     assert_refused(call(C, path), "cannot be kept", "NANOEXIT_CACHE")
 

@@ -125,6 +125,16 @@ def test_download_once(place):
     assert len(Hub.log) == asked and not list(place.rglob("*.tmp"))
 
 
+def test_of_two_at_once_one_downloads(place):
+    others = [threading.Thread(target=download, args=("pythia-14m",)) for _ in range(3)]
+    for thread in others:
+        thread.start()
+    for thread in others:
+        thread.join()
+    assert same_weights(Pythia.from_pretrained("pythia-14m"))
+    assert sum(path == "/storage/model.safetensors" for path, _ in Hub.log) == 1
+
+
 def test_download_in_shards(place):
     for file in saved(small(), place / "sharded", torch.float16, shards=3).iterdir():
         Hub.files[file.name] = file.read_bytes()
