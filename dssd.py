@@ -26,7 +26,7 @@ max(0, p - q). Whether to draft may depend on q, never on the x drawn from it.
 
     python dssd.py                  one prompt, coloured by depth, then a table of policies
     python dssd.py --level 0.9 --temperature 0.8 --prompt "class "
-Expect the same text from every lossless policy, and fewer passes to full depth from DSSD.
+Expect, when greedy, the same text from every lossless policy, and fewer full passes from DSSD.
 The table runs on the readable model. bench.py measures speed, with the fast twin.
 
 Limits: batch 1. A prompt of P tokens can be followed by at most context - P + 1 new ones.
@@ -46,9 +46,9 @@ from typing import NamedTuple
 import torch
 
 from confidence import MEASURES, is_certain
-from model import InputError, check_numbers, command_line, seed_number
+from model import InputError, check_numbers, command_line, new_token_limit, seed_number
 
-MEMORY, GUESS = 0.98, 0.25        # a Record keeps this share at every answer; weight of its guess
+MEMORY, GUESS = 0.98, 0.25        # kept of the past at each answer or round; weight of a guess
 
 # ---------------------------------------------------------------- policies
 
@@ -201,7 +201,6 @@ class Frontier:
         L, like = model.config.num_hidden_layers, model.embed_in.weight
         self.model, self.log = model, log
         consulted = [m for m, threshold in enumerate(policy.thresholds) if threshold is not None]
-        self.thresholds = [policy.thresholds[m] for m in consulted]
         self.heads = [policy.heads.heads[m] for m in consulted]
         self.bounds = [0, *(policy.heads.layers[m] for m in consulted), L]
         shape = len(self.bounds), 1, capacity, model.config.hidden_size
@@ -587,20 +586,10 @@ def decode(model, ids, limit, policy, choice, stop, log):
             drafts.append(proposal)
 
 
-def new_token_limit(model, ids, max_new_tokens):
-    """How many tokens can follow. The last one is never fed back and needs no place."""
-    return min(max_new_tokens, model.config.max_position_embeddings - len(ids) + 1)
-
-
 def stream(model, ids, max_new_tokens, policy, *, temperature=0.0, top_p=1.0, stop=None, seed=None,
            log=None):
     """As generate(), but yields (token, depth that produced it) as they are settled."""
-    context, heads = model.config.max_position_embeddings, policy.heads
-    if not ids:
-        raise InputError("the prompt is empty; give at least one token")
-    if len(ids) > context:
-        raise InputError(f"the prompt has {len(ids)} tokens, the context holds {context}; "
-                         f"shorten it")
+    limit, heads = new_token_limit(model, ids, max_new_tokens), policy.heads
     if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise InputError("max_new_tokens must be at least 1, temperature at least 0, "
                          "and top_p in (0, 1]")
@@ -615,7 +604,6 @@ def stream(model, ids, max_new_tokens, policy, *, temperature=0.0, top_p=1.0, st
         generator.seed()
     else:
         generator.manual_seed(seed)
-    limit = new_token_limit(model, ids, max_new_tokens)
     log = Log() if log is None else log
     choice = Choice(temperature, top_p, generator)
     return decode(model, list(ids), limit, policy, choice, stop, log)
@@ -662,7 +650,7 @@ def seconds(device):
 
 @dataclass
 class Summary:
-    """What generations under one policy did. Per token: after the prefill's. NaN: undefined."""
+    """What generations under one policy did. Per-token numbers leave out the prompts' first. NaN: undefined."""
     emitted: int                  # new tokens, the prefill's first ones included
     drafted: int
     accepted: int                 # drafts kept: all before the first mismatch

@@ -17,8 +17,8 @@ cost of a sample. Two questions follow.
     threshold. No labels are needed. Quantiles over all samples would miss the budget, since the
     scores of the heads are correlated.
 
-The paper's abstract and summaries were at hand, not its text. The closed form is our
-reconstruction. Ours too: beta is chosen on held-out samples; and what is charged is the network
+The paper's abstract and summaries were at hand, not its text. Both equations, and their numbers,
+are our reconstruction. Ours too: beta is chosen on held-out samples; and what is charged is the network
 up to l and the outputs of the heads consulted. A head that nobody leaves at has the threshold
 None, is never consulted and costs nothing. B_l depends on pi, then.
 
@@ -36,7 +36,8 @@ of the *next* sample that would leave there. It is less certain than all that di
 
 appendix/budgets.py has the methods that EERO is compared with, and the table.
 
-Letters: n samples, M heads (the last is the full network's), l a head. Uncertainty: lower is surer.
+Letters: n samples, M heads (chapter 2's exits and, last, the full network), l a head. Uncertainty:
+lower is surer. The last head needs none, so (n, M - 1) will do.
 """
 import argparse
 import sys
@@ -154,7 +155,7 @@ def ranked(uncertainty, cost, seed):
         raise ValueError(f"uncertainty must be finite, of shape (n, {M}), n > 0; got {u.shape}")
     if (np.diff(cost) < 0).any():
         raise ValueError(f"cost must be cumulative, cheapest head first; got {list(cost)}")
-    u, noise = u[:, :M - 1], 1e-9 * max(1.0, float(np.abs(u).max()))   # far below any difference
+    u, noise = u[:, :M - 1], 1e-9 * max(1.0, float(np.abs(u).max()))   # far below what matters
     u = u + noise * np.random.default_rng(seed).random(u.shape)
     return u, u.T.argsort(1).T, noise
 
@@ -238,7 +239,8 @@ class EERO:
             return wrong[everybody, cascade(u, order, pi)[0]].mean()
 
         def solve(B, consulted):
-            return descend(J, B, budget, beta, consulted.astype(float))[-1]
+            value, pi = descend(J, B, budget, beta, consulted.astype(float))[-1]
+            return value - np.log(consulted.mean()) / beta, pi    # KL to all heads, as in fit
 
         pi = worth_consulting(solve, cost, outputs, budget)
         return cls.from_distribution(uncertainty, pi, cost, budget, outputs, seed, beta=beta)
@@ -299,6 +301,7 @@ def descend(J, B, budget, beta, prior, steps=40, h=0.04):
         # the least of slope . pi + KL(pi || prior) / beta + KL(pi || last pi) / step
         step = 12 / np.sqrt(1 + t)
         rate = 1 / (1 / step + 1 / beta)
+        # (prior > 0): with beta = inf an excluded head would have 0 ** 0 = 1
         mixed = np.maximum(pi, 1e-12) ** (rate / step) * prior ** (rate / beta) * (prior > 0)
         pi = exit_distribution(slope, B, budget, rate, mixed)
         objective = J(pi) + kl(pi, prior) / beta

@@ -6,14 +6,14 @@ after n blocks and guesses what the full model would say:
     z_head = W norm(h)                                  norm: LayerNorm, W: D -> V without bias
     loss   = KL( softmax(z_full) || softmax(z_head) )   mean over positions
 
-No labels are needed. Any text will do, and the model can even write the text itself (`self_text`).
-This is what "self-supervised" means. Only the heads learn. The backbone is never touched.
+No labels are needed, any text will do: this is what "self-supervised" means. The model can even
+write the text itself (`self_text`). Only the heads learn. The backbone is never touched.
 
 The paper's head is `ExitHead` (kind "linear"). The other kinds are ours, each a small change:
 
-    mlp       x = norm(h), then x + U GELU(D x), then W
+    mlp       x = norm(h), then x + U GELU(A x), then W
     tied      norm(h), then the backbone's own unembedding: LayerSkip's exit, only the norm learns
-    lowrank   x = norm(h), then x + U D x with a narrow middle, then the backbone's unembedding
+    lowrank   x = norm(h), then x + U A x with a narrow middle, then the backbone's unembedding
     block     h + S h' with h' the position before, then a block of its own, then norm and W
 
 All kinds start from the backbone's own final norm and unembedding, the "logit lens", unless told
@@ -47,6 +47,7 @@ from model import (TOY, Block, InputError, KVCache, Pythia, Tokenizer, check_for
                    command_line, locate, written_whole)
 
 PAPER, FAST = "heads.safetensors", "heads-fast.safetensors"    # the files in a model's folder
+CHUNK = 1024                                                   # positions of the loss at a time
 
 # ---------------------------------------------------------------- the paper's head, and four more
 
@@ -104,7 +105,7 @@ class TiedHead(ExitHead):
 
 
 class MLPHead(ExitHead):
-    """x + U GELU(D x) between norm and matrix. U starts at 0: the logit lens."""
+    """x + U GELU(A x) between norm and matrix. U starts at 0: the logit lens."""
 
     def __init__(self, model, layer, start="lens"):
         super().__init__(model, layer, start)
@@ -118,7 +119,7 @@ class MLPHead(ExitHead):
 
 
 class LowRankHead(ExitHead):
-    """x + U D x, the middle an eighth as wide, then the backbone's unembedding."""
+    """x + U A x, the middle an eighth as wide, then the backbone's unembedding."""
     owns_matrix = False
 
     def __init__(self, model, layer, start="lens"):
@@ -183,6 +184,7 @@ class BlockHead(ExitHead):
 
 KINDS = {"linear": ExitHead, "mlp": MLPHead, "tied": TiedHead, "lowrank": LowRankHead,
          "block": BlockHead}
+# the keys of confidence.MEASURES, which this chapter does not import
 MEASURE_NAMES = ("entropy", "max_probability", "margin", "logit_gap", "max_logit", "topk_entropy")
 
 
@@ -339,29 +341,29 @@ def rows_at_once(width, device):
     return max(1, (2 ** 20 if device.type == "cpu" else 2 ** 26) // width)
 
 
-def gradient_in_place(loss, full, logits, N):
-    """The sum of loss(full, logits) / N, rows by rows; the gradient takes the logits' place."""
+def gradient_in_place(loss, full, logits, n):
+    """The sum of loss(full, logits) / n, rows by rows; the gradient takes the logits' place."""
     total, rows = 0, rows_at_once(full.shape[-1], full.device)
     for i in range(0, len(full), rows):
         z = logits[i:i + rows].float().requires_grad_()                   # (rows, V)
-        part = loss(full[i:i + rows].float(), z) / N
+        part = loss(full[i:i + rows].float(), z) / n
         part.backward()
         logits[i:i + rows] = z.grad
         total = total + part.detach()
     return total
 
 
-def distill_in_chunks(heads, hidden, last, loss=kl, some=None, chunk=1024):
+def distill_in_chunks(heads, hidden, last, loss=kl, some=None, chunk=CHUNK):
     """The same losses (M,), with the gradients of their sum added to the heads' parameters.
 
     Logits exist for `chunk` positions and one head at a time, so that memory does not grow with
     V x N x M. some: the positions (n,), of the N = B T, where the loss is taken (default: all).
     """
     some = slice(None) if some is None else some
-    last = last.flatten(0, 1)[some]                                       # (N, D)
+    last = last.flatten(0, 1)[some]                                       # (n, D)
     # 1. every head's body for all positions; a leaf collects the gradient that arrives at it
     bodies = [head.body(h).flatten(0, 1)[some] for head, h in zip(heads.heads, hidden)]
-    leaves = [body.detach().requires_grad_() for body in bodies]          # (N, D) each
+    leaves = [body.detach().requires_grad_() for body in bodies]          # (n, D) each
     total = torch.zeros(len(bodies), device=last.device)
     for i in range(0, len(last), chunk):
         # 2. logits of a chunk and of one head; the loss, and its gradient in their place
@@ -452,10 +454,10 @@ def measuring_text(split, tokenizer=None):
     ids = load_file(TOY / "text.safetensors")[split].long()               # (65536,)
     if tokenizer is None:
         return ids
-    own = Tokenizer.load(TOY)
-    if tokenizer.bytes == own.bytes:
+    toys = Tokenizer.load(TOY)
+    if tokenizer.bytes == toys.bytes:
         return ids
-    return torch.tensor(tokenizer.encode(own.decode(ids.tolist())))
+    return torch.tensor(tokenizer.encode(toys.decode(ids.tolist())))
 
 
 class HeldOut(NamedTuple):
@@ -499,8 +501,8 @@ def measuring_windows(split, tokens, length=256, text=None):
 
 def held_out_prompts(n, length=64, split="test", text=None):
     """n prompts of `length` tokens from text, a HeldOut (None: the toy's), as lists of ids."""
-    splits, context = text = text or held_out()
-    every = max(length, min(512, context + 1, len(splits[split]) // n))
+    text = text or held_out()
+    every = max(length, min(512, text.context + 1, len(text.splits[split]) // n))
     windows = measuring_windows(split, n * every, every, text)[:, :length]
     if len(windows) < n:
         raise InputError(f"the {split} text has room for {len(windows)} prompts only, not {n}")
@@ -595,16 +597,16 @@ def main():
     files = [path for path in (folder / PAPER, folder / FAST) if path.exists()]
     if args.heads:
         files = [args.heads]
-    rows = {Path(f).name: ExitHeads.load(f, model) for f in files}
+    by_name = {Path(f).name: ExitHeads.load(f, model) for f in files}
     quarters = sorted({max(1, L * i // 4) for i in (1, 2, 3)})
-    rows["tied, untrained (logit lens)"] = ExitHeads(model, quarters, "tied")
+    by_name["tied, untrained (logit lens)"] = ExitHeads(model, quarters, "tied")
     text = held_out(context, tokenizer, args.data)
     test = measuring_windows("test", args.tokens, text=text)              # (n, 256)
     print(f"agreement with the full model on {test[:, 1:].numel():,} held-out tokens; "
           f"a full token costs {model.config.full_cost:.2f} blocks")
     print(f"{'heads':<30}{'kind':<9}{'depth':>6}{'agreement':>11}{'parameters':>12}"
           f"{'cost (blocks)':>15}")
-    for name, heads in rows.items():
+    for name, heads in by_name.items():
         agreement = evaluate(model, heads, test, {}).agree.mean(0)        # (M,)
         for layer, head, share in zip(heads.layers, heads.heads, agreement):
             parameters = sum(p.numel() for p in head.parameters())

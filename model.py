@@ -248,7 +248,8 @@ class Pythia(nn.Module):
     def embed(self, ids):
         """Token ids (B, T) -> depth 0 of the residual stream (B, T, D). Or InputError: no such id.
 
-        On a GPU a look takes time: there, a token alone, as the model chose it, passes.
+        On a GPU the check would wait for the device. So a single token, the model's own choice, is
+        not checked there.
         """
         V, few = self.config.vocab_size, int(ids.is_cuda)
         if ids.numel() > few and not 0 <= ids.min() <= ids.max() < V:
@@ -258,7 +259,7 @@ class Pythia(nn.Module):
     def run(self, x, start, stop, cache=None, between=None):
         """Advance T consecutive positions from depth start to depth stop: (B, T, D) -> (B, T, D).
 
-        between {depth: (B, T, D)}: there, the streams at depths on the way are left.
+        between {depth: (B, T, D)}: tensors that receive the streams at depths on the way.
 
         With a cache the positions continue where the entries of these blocks end, all equally long,
         and their keys and values are appended. Without a cache they are positions 0 .. T - 1.
@@ -642,6 +643,18 @@ class Tokenizer:
 # ---------------------------------------------------------------- decoding, the plain way
 
 
+def new_token_limit(model, ids, max_new_tokens):
+    """How many tokens can follow the prompt ids. InputError if it is empty or does not fit."""
+    context = model.config.max_position_embeddings
+    if not ids:
+        raise InputError("the prompt is empty; give at least one token")
+    if len(ids) > context:
+        raise InputError(f"the prompt has {len(ids)} tokens, the context holds {context}; "
+                         f"shorten it")
+    # the last new token is never fed back, so it needs no room in the context
+    return min(max_new_tokens, context - len(ids) + 1)
+
+
 @torch.inference_mode()
 def sample(model, ids, max_new_tokens, temperature=0.0, seed=0):
     """Continue a list of ids: yield new ones one by one, greedily at temperature 0, else sampled.
@@ -649,15 +662,8 @@ def sample(model, ids, max_new_tokens, temperature=0.0, seed=0):
     It stops when the context is full. Raises InputError when ids are none or more than the context,
     or when logits are not numbers.
     """
-    context, L = model.config.max_position_embeddings, model.config.num_hidden_layers
-    device = model.embed_in.weight.device
-    if not ids:
-        raise InputError("the prompt is empty; give at least one token")
-    if len(ids) > context:
-        raise InputError(f"the prompt has {len(ids)} tokens, the context holds {context}; "
-                         f"shorten it")
-    # The last new token is never fed back, so it needs no room in the context
-    steps = min(max_new_tokens, context - len(ids) + 1)
+    L, device = model.config.num_hidden_layers, model.embed_in.weight.device
+    steps = new_token_limit(model, ids, max_new_tokens)
     generator = torch.Generator(device).manual_seed(seed)
     cache = model.new_cache(max_len=len(ids) + steps)
     new = torch.tensor([ids], device=device)                              # (1, T)

@@ -14,8 +14,8 @@ What happens:
 3. Test. A third text shows what the thresholds are worth.
 The run folder then holds heads.safetensors, metrics.jsonl and report.png.
 
-Unless --data names another text, the heads learn from the source of the reader's Python.
-Calibration and test use the measuring text of chapter 2, which is the same for everyone.
+Without --data the heads learn from the source of the reader's Python. Calibration and test then use
+the measuring text of chapter 2, which is the same for everyone.
 
 Expect on the toy: deeper exits agree more, and the coverage at a level grows with depth.
 Letters: B batch, T positions, N tokens, D hidden size, L blocks, M exits.
@@ -127,7 +127,7 @@ def load_splits(data, tokenizer, length, read_corpus):
 def written_splits(model, splits, names, end, length, tokens, seed):
     """Text that the model writes itself: {split: ids (n, length)} for the splits in `names`.
 
-    With a corpus `splits` it continues 32 tokens of it, as a decoder does, a third each at
+    With a corpus `splits` it continues up to 32 tokens of it, as a decoder does, a third each at
     temperature 0, 0.8 and 1. Without one it starts from <|endoftext|> and a few sampled tokens.
     """
     written, generator = {}, torch.Generator().manual_seed(seed)
@@ -141,7 +141,8 @@ def written_splits(model, splits, names, end, length, tokens, seed):
             B = min(at_once, n - done)
             if splits:
                 temperatures = (0.0, 0.8, 1.0)
-                prefix = windows(splits[split], B, 32, generator).to(device)        # (B, 32)
+                P = min(32, length // 2)
+                prefix = windows(splits[split], B, P, generator).to(device)         # (B, P)
             else:
                 # sampled beginnings, else all greedy rows would be the same
                 temperatures = (0.0, 0.8, 1.0, 1.0)
@@ -178,19 +179,19 @@ def windows(stream, batch, length, generator):
 
 
 def training_batches(args, stream, written, length, generator, team):
-    """For ever: windows (B, T) of the corpus, of what the model wrote, or 1/3 and 2/3.
+    """For ever: windows (B, T) of the corpus, of what the model wrote, or both, 1/3 and 2/3.
 
     All processes draw the windows of a whole step. Each yields its own, --accumulate batches.
     """
-    total, own = args.batch * args.accumulate * team.size, 0
+    total, n_written = args.batch * args.accumulate * team.size, 0
     if written is not None:
-        own = total if args.data == "self" else max(1, total * 2 // 3)
+        n_written = total if args.data == "self" else max(1, total * 2 // 3)
     while True:
         rows = []
-        if own < total:
-            rows.append(windows(stream, total - own, length, generator))
-        if own:
-            pick = torch.randint(len(written), (own,), generator=generator)
+        if n_written < total:
+            rows.append(windows(stream, total - n_written, length, generator))
+        if n_written:
+            pick = torch.randint(len(written), (n_written,), generator=generator)
             rows.append(written[pick, :length])
         batches = torch.cat(rows).split(args.batch)                       # (B, T) each
         for ids in batches[team.rank::team.size]:
@@ -198,7 +199,7 @@ def training_batches(args, stream, written, length, generator, team):
 
 
 def spread_windows(stream, length):
-    """About MEASURED tokens of the stream as windows (n, length), spread over it."""
+    """MEASURED tokens of the stream, or up to twice as many, as windows (n, length) all over it."""
     every = stream[:len(stream) // length * length].view(-1, length)
     return every[::max(1, every.numel() // MEASURED)].long()
 
@@ -308,7 +309,10 @@ class Training:
         return torch.randperm(N, generator=self.generator)[:count].to(self.team.device)
 
     def step(self, batches, notice):
-        """One step on --accumulate batches -> the heads' losses (M,), and the processes' notice."""
+        """One step on --accumulate batches -> the heads' losses (M,).
+
+        notice: 1 where SIGTERM has come, else 0; it becomes the mean of all processes.
+        """
         model, heads, n = self.model, self.heads, self.args.accumulate
         depths, losses = (*heads.layers, model.config.num_hidden_layers), 0
         for _ in range(n):
@@ -348,8 +352,8 @@ class Training:
         unembed = part * config.hidden_size * config.vocab_size
         others = unembed
         for head in self.heads.heads:
-            own = {name: p.numel() for name, p in head.named_parameters() if p.dim() == 2}
-            others += 3 * part * own.pop("out.weight", 0) + 3 * sum(own.values())
+            sizes = {name: p.numel() for name, p in head.named_parameters() if p.dim() == 2}
+            others += 3 * part * sizes.pop("out.weight", 0) + 3 * sum(sizes.values())
             others += 0 if head.owns_matrix else 2 * unembed
         return blocks, others
 
@@ -377,6 +381,7 @@ def train_heads(training, batches, folder):
     """
     steps, metrics, smooth = training.args.steps, training.metrics, None
     progress, saved = Progress(steps, "steps", len(metrics)), time.monotonic()
+    # diverged: more than twice the first loss, or twice an even guess if that is worse
     guess = math.log(training.model.config.vocab_size)
     try:
         while len(metrics) < steps:
@@ -409,10 +414,10 @@ def train_heads(training, batches, folder):
 
 def calibrate_heads(model, heads, ids, team):
     """Set heads.calibration: thresholds for each of LEVELS, from windows ids (n, T + 1)."""
-    found = team.evaluate(model, heads, ids, {heads.measure: MEASURES[heads.measure]})
-    uncertainty, calibration = found.uncertainty[heads.measure], {}               # (N, M)
+    text = team.evaluate(model, heads, ids, {heads.measure: MEASURES[heads.measure]})
+    uncertainty, calibration = text.uncertainty[heads.measure], {}                # (N, M)
     for level in LEVELS:
-        pairs = zip(uncertainty.T, found.agree.T)
+        pairs = zip(uncertainty.T, text.agree.T)
         calibration[level] = [calibrate(u, agree, float(level)) for u, agree in pairs]
     heads.calibration = calibration
 
@@ -458,6 +463,7 @@ def describe(model, heads, test, records):
           f"{right:.1%}, at a cost of {cost:.1f} block-equivalents")
     print(f"exit  agrees with full  true next token  KL (nats)  {name}  head's cost (blocks)")
     for r in records:
+        r = {key: math.nan if value is None else value for key, value in r.items()}
         print(f"{r['exit']:4d}  {r['agreement']:16.1%}  {r['accuracy']:15.1%}  "
               f"{r['kl_nats']:9.3f}  {r['uncertainty']:{len(name)}.3f}  {r['cost_blocks']:20.2f}")
     name = f"threshold ({unit or heads.measure})"
@@ -478,8 +484,8 @@ def own_greedy_agreement(model, heads, stream, n=64):
     length = max(2, min(160, model.config.max_position_embeddings))
     P = min(32, len(stream), length // 2)
     prefixes = windows(stream, n, P, torch.Generator().manual_seed(1))            # (n, P)
-    own = self_text(model, prefixes.to(model.embed_in.weight.device), length, (0.0,)).cpu()
-    agree = evaluate(model, heads, own, {}).agree                                 # (N, M)
+    texts = self_text(model, prefixes.to(model.embed_in.weight.device), length, (0.0,)).cpu()
+    agree = evaluate(model, heads, texts, {}).agree                               # (N, M)
     agree = agree.reshape(n, length - 1, len(heads.layers))                       # (n, T, M)
     return agree[:, P - 1:].mean((0, 1))                                          # not the prefixes
 
@@ -493,12 +499,12 @@ def test_heads(model, heads, ids, stream, metrics, team):
     curves = test_levels(heads, test)
     records = records_of(heads, test, curves)
     describe(model, heads, test, records)
-    own = own_greedy_agreement(model, heads, stream)
-    shares = ", ".join(f"{share:.1%} at exit {n}" for n, share in zip(heads.layers, own))
+    agreement = own_greedy_agreement(model, heads, stream)
+    shares = ", ".join(f"{share:.1%} at exit {n}" for n, share in zip(heads.layers, agreement))
     print("\non the model's own greedy text, which a decoder meets "
           f"(64 continuations of test prefixes): agreement {shares}")
     metrics += records
-    metrics.append({"own_greedy_agreement": own.round(4).tolist()})
+    metrics.append({"own_greedy_agreement": agreement.round(4).tolist()})
     return curves
 
 
@@ -523,10 +529,10 @@ def load_all(args, read_corpus):
     splits, written = load_text(args, model, tokenizer, length, read_corpus)
     for ids in splits.values():
         check_numbers(model(ids[None, :length].long().to(args.device))[0].amax(-1))
-    own = "" if written is None else f", {written.numel():,} written by the model"
+    more = "" if written is None else f", {written.numel():,} written by the model"
     print(f"{heads.kind} heads at layers {listed(heads.layers)} of {len(model.layers)}: "
           f"{sum(p.numel() for p in heads.parameters()):,} parameters; "
-          f"{len(splits['train']):,} training tokens of text{own}", flush=True)
+          f"{len(splits['train']):,} training tokens of text{more}", flush=True)
     return model, heads, splits, written, length
 
 
@@ -555,7 +561,7 @@ def run_heads(args, folder, team, read_corpus, report):
             p.copy_(p.half())             # calibrate what the file will hold: F16
     # 3. calibration and test
     metrics, curves, trouble = training.metrics, None, None
-    complete = len(metrics) == args.steps
+    complete = 0 < args.steps == len(metrics)
     try:
         windows_of = {split: spread_windows(splits[split], length + 1) for split in SPLITS[1:]}
         calibrate_heads(model, heads, windows_of["calibration"], team)
@@ -606,7 +612,7 @@ def main():
     add("--length", type=int, default=512, help="tokens per window")
     add("--lr", type=float, default=2e-3, help="AdamW's peak learning rate; Muon's is ten times it")
     add("--model", default=TOY, help="folder or official name (default: the toy)")
-    add("--device", default="cpu", help="cpu or cuda")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--dtype", choices=("float32", "bfloat16", "float16"),
         help="of the backbone (default: float32, on cuda bfloat16)")
     add("--seed", type=seed_number, default=0)

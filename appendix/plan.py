@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 
-from heads import ExitHeads, rows_at_once
+from heads import CHUNK, ExitHeads, rows_at_once
 from model import InputError, Pythia, PythiaConfig, read_json
 from train import MEASURED, Training, make_heads
 
@@ -44,7 +44,6 @@ SHAPES = {"pythia-14m": (128, 6, 4, 50304), "pythia-31m": (256, 6, 8, 50304),
           "pythia-410m": (1024, 24, 16, 50304), "pythia-1b": (2048, 16, 8, 50304),
           "pythia-1.4b": (2048, 24, 16, 50304), "pythia-2.8b": (2560, 32, 32, 50304),
           "pythia-6.9b": (4096, 32, 32, 50432), "pythia-12b": (5120, 36, 40, 50688)}
-CHUNK = 1024                          # positions of the loss at a time
 DEAR = 5e8                            # parameters of all heads' own matrices
 
 

@@ -1,7 +1,7 @@
 """The folder of a run: its files appear together or not at all, and a stopped run can go on.
 
     with RunFolder("run") as folder:        made if need be, and locked: one run writes at a time
-        folder.save_checkpoint(...)         every few minutes
+        folder.save(training)               every few minutes
         folder.write(...)                   heads.safetensors, metrics.jsonl, report.png
 
 Files are made in a new folder inside the run's folder and moved into place at the end. A process

@@ -392,6 +392,15 @@ def test_the_incurred_risk_falls_at_every_kept_step_and_the_budget_is_met():
         assert cost[fitted.route(u)].mean() == pytest.approx(budget, abs=0.01)
 
 
+def test_a_head_is_not_dropped_for_a_smaller_prior():
+    """Where all heads err alike, the KL from all heads keeps them all, however small beta is."""
+    u = correlated(0, 2000, 4)[0]
+    wrong = np.arange(2000)[:, None].repeat(4, 1) % 4 == 0
+    fitted = EERO.fit_incurred(u, wrong, DEPTHS, 9.0, 1.0, outputs=0.1)
+    assert None not in fitted.thresholds
+    assert EERO.fit(u, wrong, DEPTHS, 9.0, 1.0, outputs=0.1).pi == pytest.approx(fitted.pi, abs=0.02)
+
+
 def test_it_equals_equation_1_where_risks_do_not_depend_on_who_leaves():
     n, risk, cost = 8000, np.array([0.5, 0.3, 0.25, 0.1]), np.array([1.0, 2, 3, 4])
     rank = np.arange(n)

@@ -1,5 +1,6 @@
 """Chapter 6: the main job end to end on small runs, its files, its text, and what it refuses."""
 import json
+import math
 import re
 import signal
 import subprocess
@@ -16,7 +17,8 @@ from appendix.runs import RunFolder
 from appendix.team import Team
 from appendix.toy import save_model
 from conftest import ROOT, TOY, assert_refused, call, run, tiny
-from heads import ExitHeads, measuring_text
+from confidence import MEASURES
+from heads import ExitHeads, evaluate, measuring_text
 from model import Pythia, Tokenizer
 
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
@@ -117,6 +119,34 @@ def test_text_of_its_own(tmp_path, data, text, small):
     status, printed, errors = call(T, *options, "--out", tmp_path / "run", *FAST)
     assert status == 0, errors
     assert "written by the model" in printed and "own greedy text" in printed
+
+
+def test_the_model_writes_on_after_short_prefixes(tmp_path, small):
+    model, splits = Pythia.from_pretrained(small), {"train": torch.arange(300)}
+    for length in (2, 9, 17, 64):
+        written = T.written_splits(model, splits, ("train",), 0, length, 200, seed=0)["train"]
+        assert written.shape == (max(8, 200 // length), length)
+        follows = (written[:, 1:] == written[:, :-1] + 1).float().mean(0)    # 1 within the prefix
+        P = min(32, length // 2)
+        assert (follows[:P - 1] == 1).all() and (follows[P - 1:] < 0.5).all()
+
+
+def test_what_is_no_number_is_shown_as_such(capsys, small_run, small):
+    model = Pythia.from_pretrained(small)
+    heads = ExitHeads.load(small_run / "heads.safetensors", model)
+    test = evaluate(model, heads, torch.randint(2048, (2, 33)), {"entropy": MEASURES["entropy"]})
+    test.kl[0] = test.uncertainty["entropy"][3, 1] = math.nan
+    records = T.records_of(heads, test, T.test_levels(heads, test))
+    T.describe(model, heads, test, records)
+    assert [r["kl_nats"] is None for r in records] == [True, False]
+    assert capsys.readouterr().out.count("nan") == 2 and json.dumps(records, allow_nan=False)
+
+
+def test_calibrating_anew_leaves_a_checkpoint_alone(tmp_path, small, small_run, text):
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"of a run that was stopped")
+    options = ("--model", small, "--start", small_run / "heads.safetensors", "--data", text)
+    assert call(T, *options, "--steps", 0, "--length", 64, "--out", tmp_path)[0] == 0
+    assert (tmp_path / "checkpoint.safetensors").exists()
 
 
 def test_heads_are_calibrated_anew_for_another_measure(tmp_path, small, small_run, text):
