@@ -48,7 +48,9 @@ import torch
 from confidence import MEASURES, is_certain
 from model import InputError, check_numbers, command_line, new_token_limit, seed_number
 
-MEMORY, GUESS = 0.98, 0.25        # kept of the past at each answer or round; weight of a guess
+MEMORY, GUESS = 0.98, 0.25        # a Record keeps this share at every answer; weight of its guess
+RECENT, PROMISES = 0.9, 4         # ByGain keeps this share of recent rounds; weight of the records
+SHORTEST, LONGEST = 4, 64         # a rest of ByGain, in tokens
 
 # ---------------------------------------------------------------- policies
 
@@ -101,8 +103,10 @@ class Costs:
     """Milliseconds on one machine, with this many positions cached: see appendix/tune.py."""
     positions: int
     plain: float                  # a step of plain decoding
-    question: list                # to ask each exit, without a draft
-    further: list                 # one more draft from each exit, the question left out
+    question: float               # to ask an exit, which then does not draft
+    first: float                  # the first draft of a round, from the first exit, with the asking
+    further: float                # each later one, with the asking
+    deeper: list                  # what a draft from each exit costs more than from the first
 
 
 def AutoDSSD(heads, costs, max_draft=16):
@@ -428,35 +432,44 @@ class Record:
         return [(n / total, right / n) for n, right in zip(self.seen, self.right)]
 
 
-def between(few, many, positions):
+def costs_between(few, many, positions):
     """Costs at this many cached positions, on the line through two measured ones."""
     share = (positions - few.positions) / (many.positions - few.positions)
 
     def blend(a, b):
         return max(0.0, a + share * (b - a))
 
-    return Costs(positions, blend(few.plain, many.plain),
-                 list(map(blend, few.question, many.question)),
-                 list(map(blend, few.further, many.further)))
+    return Costs(positions, blend(few.plain, many.plain), blend(few.question, many.question),
+                 blend(few.first, many.first), blend(few.further, many.further),
+                 list(map(blend, few.deeper, many.deeper)))
 
 
 class ByGain:
     """Ours. Draft where that saves more time than it costs, and learn while decoding.
 
     S is the chance that all pending drafts are kept, p the chance of the next one, T the time that
-    a token takes at present. A further draft brings S p tokens, worth S p T. It costs c_s: the
-    blocks up to exit s for one more row, and that row's share of the verification. This is the
-    expected improvement of Leviathan et al. (2023), draft by draft, as optimal stopping. From the
-    deepest exit to the shallowest,
+    a token takes in rounds that ask, at most a plain step. A draft brings S p tokens, worth S p T.
+    This is the expected improvement of Leviathan et al. (2023), draft by draft, as optimal
+    stopping. (The most tokens per second come when time is priced at what it brings elsewhere:
+    Dinkelbach's rule for ratios.) The cost has two parts: a to ask a head, d to draft its answer.
 
-        value_s = mean over answers of max(S p T - c_s, value_{s+1}) - the time of a question
+        first draft of a round      a = question     d = first - question + deeper_s
+        later ones                  a = further      d = deeper_s
 
-    Exit s is asked where value_s > value_{s+1}. It drafts where S p T - c_s > value_{s+1}.
-    T is the recent time per token by the costs, at most a plain step. (The most tokens per second
-    come when time is priced at what it brings elsewhere: Dinkelbach's rule for ratios.)
+    From the deepest exit to the shallowest, with nothing to gain beyond the deepest,
 
-    p comes from the exit's Record. The prompt is the first evidence, then every verification says
-    which answers were right. Where nothing pays, one question is asked after 1, 2, 4, .. tokens.
+        gain_s  = S p T - d; for the first draft also p^i T - further for i = 2, 3, if that is more
+                  than 0, as if the next two answers were as sure as this one
+        value_s = mean over answers of max(gain_s, value_{s+1}) - a
+
+    Exit s is asked if value_s > value_{s+1}, else value_s = value_{s+1}. It drafts if
+    gain_s > value_{s+1}. p comes from the exit's Record. The prompt is the first evidence, then
+    every verification says which answers were right.
+
+    The records know single answers, not how they follow each other. So recent rounds count as well:
+    if they and the records together promise no saving, the rule rests after one more round, for
+    4, 8, .. 64 tokens.
+
     The rule looks at the past, at q and at its uncertainty, never at the token drawn.
     """
 
@@ -465,11 +478,15 @@ class ByGain:
     def __init__(self, policy, positions, choice):
         heads = policy.heads
         self.choice, self.measure = choice, MEASURES[heads.measure]
-        self.costs = between(*policy.costs, positions)
+        self.costs = costs_between(*policy.costs, positions)
         self.records = [Record(heads.calibration, m) for m in range(len(heads.layers))]
-        self.wait, self.rest, self.asked = 1, 0, []
-        self.tokens, self.spent = 8.0, 8 * self.costs.plain               # ms
-        self.token_ms = self.costs.plain                                  # T
+        self.wait, self.rest = SHORTEST, 0
+        # recent rounds that asked: their tokens, and their ms as the costs say
+        self.tokens, self.ms = 8.0, 8 * self.costs.plain
+        # this round: drafts, S, ms so far, and (row, exit, bin, answer) of every question
+        self.drafted, self.chance, self.spent, self.asked = 0, 1.0, 0.0, []
+        # this question: T, a, d without deeper_s, and value_{s+1} of every exit
+        self.token_ms, self.ask, self.draft, self.refusal = self.costs.plain, 0.0, 0.0, []
 
     def read_prompt(self, frontier, full):
         """The first evidence: what every exit would have said at the prompt's last positions."""
@@ -482,52 +499,62 @@ class ByGain:
     def exits_to_ask(self, drafted):
         """The exits that are worth asking, shallow first."""
         if drafted == 0:
-            self.kept = 1.0                                               # S
+            self.chance, self.spent = 1.0, self.costs.plain
             if self.rest:
                 self.rest -= 1
                 return []
-        self.drafted, value = drafted, 0.0
-        exits, values, self.refusal = [], [], [0.0] * len(self.records)
+        costs, self.drafted = self.costs, drafted
+        self.token_ms = min(costs.plain, self.ms / self.tokens)
+        self.ask, self.draft = costs.question, costs.first - costs.question
+        if drafted:
+            self.ask, self.draft = costs.further, 0.0
+        exits, values, value, self.refusal = [], [], 0.0, [0.0] * len(self.records)
         for s in reversed(range(len(self.records))):
             self.refusal[s], mean = value, 0.0
             for share, p in self.records[s].bins():
                 mean += share * max(self.gain(s, p), value)
-            values.insert(0, mean - self.costs.question[s])
+            values.insert(0, mean - self.ask)
             if values[0] > value:
                 value = values[0]
                 exits.insert(0, s)
-        if exits:
-            self.wait = 1
-        elif drafted == 0:
-            # nothing pays: one question, then a rest, longer each time
-            exits, self.rest = [values.index(max(values))], self.wait
-            self.wait = min(2 * self.wait, 64)
+        if drafted == 0:
+            best = max(values)
+            exits = exits or [values.index(best)]
+            saved = self.tokens * costs.plain - self.ms
+            if saved + PROMISES * best > 0:
+                self.wait = SHORTEST
+            else:
+                # nothing pays: after this round a rest, longer each time
+                self.rest, self.wait = self.wait, min(2 * self.wait, LONGEST)
         return exits
 
     def gain(self, s, p):
-        return self.kept * p * self.token_ms - self.costs.further[s]
+        T, further = self.token_ms, self.costs.further
+        gain = self.chance * p * T - self.draft - self.costs.deeper[s]
+        if self.drafted == 0:
+            gain += max(0.0, p ** 2 * T - further) + max(0.0, p ** 3 * T - further)
+        return gain
 
     def drafts(self, s, z, answer):
         record = self.records[s]
         b = bisect(record.edges, self.measure(z).item())
         p = record.right[b] / record.seen[b]
         drafts = self.gain(s, p) > self.refusal[s]
-        self.asked.append((self.drafted, s, b, answer, drafts))
+        self.asked.append((self.drafted, s, b, answer))
+        self.spent += self.ask
         if drafts:
-            self.kept *= p
+            self.spent += self.draft + self.costs.deeper[s]
+            self.chance *= p
         return drafts
 
     def learn(self, full, kept):
         """A verification: of each answer after a right beginning, would it have been kept?"""
-        costs = self.costs
-        self.tokens = MEMORY * self.tokens + kept + 1
-        self.spent = MEMORY * self.spent + costs.plain
-        for row, s, b, answer, drafted in self.asked:
-            self.spent += costs.question[s] + drafted * costs.further[s]
+        if self.asked:
+            self.tokens = RECENT * self.tokens + kept + 1
+            self.ms = RECENT * self.ms + self.spent
+        for row, s, b, answer in self.asked:
             if row <= kept:
-                chance = self.choice.chance_kept(full[row], answer).item()
-                self.records[s].learn(b, chance)
-        self.token_ms = min(costs.plain, self.spent / self.tokens)
+                self.records[s].learn(b, self.choice.chance_kept(full[row], answer).item())
         self.asked = []
 
 
@@ -650,7 +677,10 @@ def seconds(device):
 
 @dataclass
 class Summary:
-    """What generations under one policy did. Per-token numbers leave out the prompts' first. NaN: undefined."""
+    """What generations under one policy did. NaN: undefined.
+
+    Per-token numbers leave out each prompt's first token.
+    """
     emitted: int                  # new tokens, the prefill's first ones included
     drafted: int
     accepted: int                 # drafts kept: all before the first mismatch

@@ -17,10 +17,10 @@ cost of a sample. Two questions follow.
     threshold. No labels are needed. Quantiles over all samples would miss the budget, since the
     scores of the heads are correlated.
 
-The paper's abstract and summaries were at hand, not its text. Both equations, and their numbers,
-are our reconstruction. Ours too: beta is chosen on held-out samples; and what is charged is the network
-up to l and the outputs of the heads consulted. A head that nobody leaves at has the threshold
-None, is never consulted and costs nothing. B_l depends on pi, then.
+The paper's abstract and summaries were at hand, not its text. Both equations and their numbers
+are our reconstruction. Ours too: beta is chosen on held-out samples; and what is charged is the
+network up to l and the outputs of the heads consulted. A head that nobody leaves at has the
+threshold None, is never consulted and costs nothing. B_l depends on pi, then.
 
 The second act: what equation 1 does not know. R_l is the mean risk of all samples, but those that
 leave at l are the ones it is most certain of. `EERO.fit_incurred` (ours) takes J(pi), the risk of

@@ -2,18 +2,21 @@
 
 Whether a draft pays depends on the machine. So a few policies decode, and the clock is read:
 
-    plain          a step of plain decoding: T
-    question       a head is asked before every step, and never certain: T + question
-    three drafts   every round takes three drafts from the first exit: T + 3 (question + further)
+    plain         a step of plain decoding: T
+    question      a head is asked before every step, and never certain: T + question
+    one draft     every round takes one draft from the first exit: T + first
+    four drafts   T + first + 3 further
 
-So `further` is what one more draft costs beside the question: the shallow blocks for a row of its
-own, and the deeper ones for one more row of the verification. What the text says does not matter,
-so the prompt is one token, repeated. Attention reads every cached position. Costs are therefore
-measured twice, with few positions cached and with many, and dssd.py takes the line between.
+A first draft costs more than a later one: it splits the pass to full depth, and makes it one of
+several rows. A draft from a deeper exit costs more by the blocks up to there, for its own row. What
+the text says does not matter, so the prompt is one token, repeated. Attention reads every cached
+position. Costs are therefore measured twice, with few positions cached and with many, and dssd.py
+takes the line between.
 
     python -m appendix.tune             the costs, and what acceptance a first draft then needs
     python -m appendix.tune --hard      then DSSD auto beside Plain on texts that are hard to draft
-Expect a question to cost a tenth of a plain step on the toy, and a draft to need p = 0.5 to 0.6.
+Expect on the toy a question to cost a third of a plain step, a first draft as much as a plain step,
+and a later one a third of it.
 """
 import argparse
 import math
@@ -29,42 +32,41 @@ from model import InputError, command_line
 HARD = (("code", 64, 0.0), ("English", 64, 0.0), ("random", 64, 0.0), ("code", 64, 0.8),
         ("English", 64, 0.8), ("English", 64, 1.2), ("random", 64, 1.0), ("code", 1024, 0.0),
         ("English", 1024, 0.0), ("code", 1900, 0.0))      # text, tokens of the prompt, temperature
-DRAFTS, ROUNDS = 3, 4            # of a round, where drafts are timed; in a turn
-LONGEST = 10                     # seconds of turns
+MORE, ROUNDS = 3, 12             # drafts after the first, where they are timed; rounds of a repeat
+LONGEST = 10                     # seconds of repeats
 
 
-def measure_costs(decoder, heads, temperature=0.0, turns=20):
+def measure_costs(decoder, heads, temperature=0.0, repeats=8):
     """Costs of the decoder with its heads, with few and with many positions cached: two Costs."""
     context = decoder.config.max_position_embeddings
-    return [costs_at(max(1, n), decoder, heads, temperature, turns)
+    return [costs_at(max(1, n), decoder, heads, temperature, repeats)
             for n in (context // 16, context // 2)]
 
 
-def costs_at(positions, decoder, heads, temperature, turns):
+def costs_at(positions, decoder, heads, temperature, repeats):
     """Costs with about this many positions cached, from the first exit: heads are of one kind."""
-    first, *others = heads.layers
+    exit, *others = heads.layers
     never = [-math.inf, *(None for _ in others)]
-    policies = Plain(), DSSD(heads, never), LayerSkip(heads, first, DRAFTS)
-    running, fastest = [], [math.inf] * 3
-    for policy in policies:
-        log, most = Log(), (DRAFTS + 1) * ROUNDS * turns + 2
-        tokens = stream(decoder, [1] * positions, most, policy, temperature=temperature, log=log)
-        running.append((tokens, log))
-    # some rounds of each in turn; the fastest counts: a machine that is shared is slow at times
-    begin = time.perf_counter()
-    for turn in range(turns):
-        if turn > 1 and time.perf_counter() - begin > LONGEST:
+    one, several = LayerSkip(heads, exit, 1), LayerSkip(heads, exit, 1 + MORE)
+    policies = (Plain(), 0), (DSSD(heads, never), 0), (one, 1), (several, 1 + MORE)
+    least, begin = [math.inf] * 4, time.perf_counter()
+    # of all repeats the least counts: a machine that is shared is slow at times
+    for repeat in range(repeats):
+        if repeat and time.perf_counter() - begin > LONGEST:
             break
-        for i, drafts in enumerate((0, 0, DRAFTS)):
-            for _ in range(ROUNDS):
-                fastest[i] = min(fastest[i], round_ms(*running[i], drafts))
-    plain, with_question, with_drafts = fastest
-    question = max(0.0, with_question - plain)
-    # a draft: n blocks for a row of its own, then L - n blocks for one more row of a pass
-    L, draft = decoder.config.num_hidden_layers, (with_drafts - plain) / DRAFTS
-    row = max(0.0, draft - question - plain * first / L) / (L - first)
-    further = [plain * n / L + row * (L - n) for n in heads.layers]
-    return Costs(positions, plain, [question] * len(further), further)
+        for i, (policy, drafts) in enumerate(policies):
+            log, most = Log(), (1 + drafts) * ROUNDS + 2
+            prompt = [1] * positions
+            tokens = stream(decoder, prompt, most, policy, temperature=temperature, log=log)
+            next(tokens)                  # after the prompt
+            times = [round_ms(tokens, log, drafts) for _ in range(ROUNDS)]
+            least[i] = min(least[i], sorted(times)[ROUNDS // 2])
+    plain, question, first, several = least
+    question, first, further = question - plain, first - plain, (several - first) / MORE
+    # a draft from a deeper exit: that many more blocks, for a row of its own
+    L = decoder.config.num_hidden_layers
+    deeper = [plain * (n - exit) / L for n in heads.layers]
+    return Costs(positions, plain, max(0.0, question), max(0.0, first), max(0.0, further), deeper)
 
 
 def round_ms(tokens, log, drafts):
@@ -82,12 +84,14 @@ def automatic(decoder, heads, temperature=0.0):
 
 
 def show(costs, heads):
-    """Print Costs, and the chance p from which a first draft pays."""
-    print(f"{costs.positions} positions cached: a plain step takes {costs.plain:.2f} ms")
-    for exit, question, further in zip(heads.layers, costs.question, costs.further):
-        needed = (question + further) / costs.plain
-        print(f"  exit {exit}: a question {question:.2f} ms, a draft {further:.2f} ms more; "
-              f"a draft pays from p = {needed:.2f} on")
+    """Print Costs, and the chance p from which drafts pay."""
+    print(f"{costs.positions} positions cached: a plain step takes {costs.plain:.2f} ms, "
+          f"a question {costs.question:.2f} ms more")
+    for exit, deeper in zip(heads.layers, costs.deeper):
+        first, further = costs.first + deeper, costs.further + deeper
+        print(f"  exit {exit}: a round's first draft {first:.2f} ms, pays alone from p = "
+              f"{first / costs.plain:.2f} on; "
+              f"each later one {further:.2f} ms, {further / costs.plain:.2f}")
 
 
 def hard_texts(tokenizer, text):

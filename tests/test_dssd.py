@@ -227,9 +227,9 @@ def test_a_summary_adds_generations_up():
 # ---------------------------------------------------------------- drafts where they pay
 
 
-def priced(plain, question, further, exits=3):
-    """Two Costs, in ms, the same for all positions."""
-    return [Costs(n, plain, [question] * exits, [further] * exits) for n in (0, 1000)]
+def priced(plain, question, draft, exits=3):
+    """Two Costs, in ms, the same for all positions and drafts. A draft's includes the question."""
+    return [Costs(n, plain, question, draft, draft, [0.0] * exits) for n in (0, 1000)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -240,7 +240,7 @@ def test_drafts_that_follow_the_gain_are_lossless_and_nothing_is_computed_twice(
         heads = shaken(model, kind=kind)
         heads.calibration = {"0.90": [1.0, 1.5, None], "0.50": [2.0, 1.5, 2.5]}
         ids = [rnd.randrange(24) for _ in range(rnd.choice((1, 5, 30, 63)))]
-        policy = AutoDSSD(heads, priced(4.0, 0.1, rnd.uniform(0, 0.5)), rnd.randint(1, 9))
+        policy = AutoDSSD(heads, priced(4.0, 0.1, rnd.uniform(0.1, 0.6)), rnd.randint(1, 9))
         with Counted(model) as counted:
             out = generate(model, ids, 40, policy)
         by_log = Counter()
@@ -256,15 +256,15 @@ def test_what_cannot_pay_is_probed_ever_more_rarely():
     model = tiny(max_position_embeddings=256)
     policy = AutoDSSD(shaken(model), priced(1.0, 0.1, 2.0))
     log = generate(model, [1, 2, 3], 200, policy).log
-    # one question at a time, at tokens 0, 2, 5, 10, 19, 36, 69, 134: rests of 1, 2, 4, .. tokens
+    # one question at a time, and rests of 4, 8, .. 64 tokens
     asked = [end - 4 for _, first, end in log.asked if first >= 3]
-    assert asked == [0, 2, 5, 10, 19, 36, 69, 134]
+    assert asked == [0, 5, 14, 31, 64, 129, 194]
     assert all(drafts == 0 for drafts, _ in log.rounds)
 
 
 def test_what_always_holds_is_drafted_to_the_cap():
     model = silence(tiny(max_position_embeddings=128), (2, 3))
-    policy = AutoDSSD(ExitHeads(model, [2], "tied"), priced(4.0, 0.1, 0.5, 1), 8)
+    policy = AutoDSSD(ExitHeads(model, [2], "tied"), priced(4.0, 0.1, 0.6, 1), 8)
     s = summarize(policy, [generate(model, [1, 2, 3] * 20, 50, policy)])
     assert s.acceptance == 1 and max(s.draft_lengths) == 8 and s.tau > 6
 
@@ -273,18 +273,41 @@ def test_the_rule_by_hand():
     model = tiny()
     heads = shaken(model, [1, 3])
     heads.calibration = {"0.90": [1.0, 1.0]}
-    rule = ByGain(AutoDSSD(heads, priced(10.0, 0.5, 2.0, 2)), 100, D.Choice(0.0, 1.0, None))
+    costs = [Costs(n, 10.0, 0.5, 2.5, 3.0, [0.0, 1.0]) for n in (0, 1000)]
+    rule = ByGain(AutoDSSD(heads, costs), 100, D.Choice(0.0, 1.0, None))
     for record, chances in zip(rule.records, ((0.9, 0.1), (0.8, 0.7))):
         record.seen, record.right = [1.0, 1.0], list(chances)
-    # exit 3: the mean of 0.8 x 10 and 0.7 x 10, less 2.0 and 0.5. Exit 1: (9 - 2 + 5) / 2 - 0.5
-    assert rule.exits_to_ask(0) == [0, 1]
-    assert rule.refusal == pytest.approx([5.0, 0.0])
+    # the first draft, and two more if they were as sure. Exit 3, with p = 0.8: 8 - 2 - 1, and
+    # 6.4 - 3 and 5.12 - 3; with p = 0.7: 7 - 3 + 1.9 + 0.43. Exit 1, with p = 0.9: 7 + 5.1 + 4.29
+    third = (10.52 + 6.33) / 2 - 0.5
+    assert rule.exits_to_ask(0) == [0, 1] and rule.refusal == pytest.approx([third, 0.0])
+    assert rule.gain(0, 0.9) == pytest.approx(16.39) and rule.gain(0, 0.1) < 0
+    # a later one: exit 3 is worth (7 + 6) / 2 - 3, and exit 1 less: (9 + 3.5) / 2 - 3
+    assert rule.exits_to_ask(1) == [1] and rule.refusal == pytest.approx([3.5, 0.0])
     # with little hope for the drafts before it, a further one does not pay
-    rule.kept = 0.25
+    rule.chance = 0.25
     assert rule.exits_to_ask(1) == []
     record = rule.records[0]
     record.learn(1, 1.0)
     assert record.bins()[1][1] == pytest.approx((D.MEMORY * 0.1 + 1) / (D.MEMORY + 1))
+
+
+def test_rounds_that_save_nothing_end_in_a_rest_whatever_the_records_say():
+    """The records promise 2 ms a round, but the rounds lose 3: a round costs 13 ms and 0 are kept."""
+    heads = shaken(tiny(), [1])
+    heads.calibration = {}
+    costs = [Costs(n, 10.0, 1.0, 3.0, 30.0, [0.0]) for n in (0, 1000)]
+    rule = ByGain(AutoDSSD(heads, costs), 100, D.Choice(0.0, 1.0, None))
+    rounds = 0
+    while rule.rest == 0:
+        rule.records[0].seen, rule.records[0].right = [1.0], [0.5]
+        assert rule.exits_to_ask(0) == [0] and rounds < 20
+        assert rule.drafts(0, torch.zeros(2048), torch.tensor(1))
+        assert rule.spent == pytest.approx(13)
+        rule.learn(torch.tensor([0, 0]), 0)
+        rounds += 1
+    # saved: -3, -5.7, -8.1 ms after 1, 2, 3 rounds, beside four times the promise of 2 ms; one more
+    assert rounds == 4 and rule.rest == 4 and [rule.exits_to_ask(0) for _ in range(4)] == [[]] * 4
 
 
 # ---------------------------------------------------------------- early exit
