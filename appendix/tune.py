@@ -36,7 +36,7 @@ MORE, ROUNDS = 3, 12             # drafts after the first, where they are timed;
 LONGEST = 10                     # seconds of repeats
 
 
-def measure_costs(decoder, heads, temperature=0.0, repeats=8):
+def measure_costs(decoder, heads, temperature=0.0, repeats=20):
     """Costs of the decoder with its heads, with few and with many positions cached: two Costs."""
     context = decoder.config.max_position_embeddings
     return [costs_at(max(1, n), decoder, heads, temperature, repeats)
