@@ -60,7 +60,8 @@ def costs_at(positions, decoder, heads, temperature, repeats):
             tokens = stream(decoder, prompt, most, policy, temperature=temperature, log=log)
             next(tokens)                  # after the prompt
             times = [round_ms(tokens, log, drafts) for _ in range(ROUNDS)]
-            least[i] = min(least[i], sorted(times)[ROUNDS // 2])
+            whole = sorted(ms for ms in times if ms < math.inf) or [math.inf]
+            least[i] = min(least[i], whole[len(whole) // 2])
     plain, question, first, several = least
     question, first, further = question - plain, first - plain, (several - first) / MORE
     # a draft from a deeper exit: that many more blocks, for a row of its own
@@ -70,7 +71,8 @@ def costs_at(positions, decoder, heads, temperature, repeats):
 
 
 def round_ms(tokens, log, drafts):
-    """The time of the next round of a stream. Infinite, if it has fewer drafts or none comes."""
+    """The time of the next round of a stream. Infinite, if it has fewer drafts or none comes, as
+    in a short context."""
     begin, done = time.perf_counter(), len(log.rounds)
     while len(log.rounds) == done and next(tokens, None):
         pass

@@ -6,7 +6,9 @@ import pytest
 import appendix.tune as T
 from conftest import assert_refused, call, shaken, tiny
 from dssd import AutoDSSD, Plain, generate
+from heads import ExitHeads
 from model import TOY
+from test_dssd import silence
 
 
 def clocked(model, monkeypatch):
@@ -31,6 +33,13 @@ def test_costs_are_those_of_the_work_that_is_done(monkeypatch):
         # 3 a draft takes as many, but they count as if the verification's rows came free
         assert [costs.plain, costs.first, costs.further] == pytest.approx([4, 4, 4])
         assert costs.question == pytest.approx(0) and costs.deeper == pytest.approx([0, 2])
+
+
+def test_a_short_context_holds_rounds_enough(monkeypatch):
+    """Where all drafts are kept, 12 tokens are six rounds of one draft, and two of four."""
+    model = clocked(silence(tiny(max_position_embeddings=24), (2, 3)), monkeypatch)
+    for costs in T.measure_costs(model, ExitHeads(model, [2], "tied"), repeats=2):
+        assert [costs.plain, costs.first, costs.further] == pytest.approx([4, 4, 4])
 
 
 def test_measured_costs_make_a_lossless_policy():
