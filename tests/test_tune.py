@@ -53,7 +53,8 @@ def test_measured_costs_make_a_lossless_policy():
     assert all(costs.plain > 0 for costs in sampled)
 
 
-def test_command_line():
+def test_command_line(monkeypatch):
+    monkeypatch.setattr(T, "LONGEST", 0.2)
     status, out, errors = call(T, "--repeats", 1)
     assert status == 0, errors
     assert "1024 positions cached" in out and "pays alone from p = " in out
