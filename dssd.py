@@ -485,8 +485,9 @@ class ByGain:
         self.tokens, self.ms = 8.0, 8 * self.costs.plain
         # this round: drafts, S, ms so far, and (row, exit, bin, answer) of every question
         self.drafted, self.chance, self.spent, self.asked = 0, 1.0, 0.0, []
-        # this question: T, a, d without deeper_s, and value_{s+1} of every exit
-        self.token_ms, self.ask, self.draft, self.refusal = self.costs.plain, 0.0, 0.0, []
+        # this question: T, and value_{s+1} of every exit; a, and d without deeper_s
+        self.token_ms, self.refusal = self.costs.plain, []
+        self.ask_ms, self.draft_ms = 0.0, 0.0
 
     def read_prompt(self, frontier, full):
         """The first evidence: what every exit would have said at the prompt's last positions."""
@@ -505,15 +506,15 @@ class ByGain:
                 return []
         costs, self.drafted = self.costs, drafted
         self.token_ms = min(costs.plain, self.ms / self.tokens)
-        self.ask, self.draft = costs.question, costs.first - costs.question
+        self.ask_ms, self.draft_ms = costs.question, costs.first - costs.question
         if drafted:
-            self.ask, self.draft = costs.further, 0.0
+            self.ask_ms, self.draft_ms = costs.further, 0.0
         exits, values, value, self.refusal = [], [], 0.0, [0.0] * len(self.records)
         for s in reversed(range(len(self.records))):
             self.refusal[s], mean = value, 0.0
             for share, p in self.records[s].bins():
                 mean += share * max(self.gain(s, p), value)
-            values.insert(0, mean - self.ask)
+            values.insert(0, mean - self.ask_ms)
             if values[0] > value:
                 value = values[0]
                 exits.insert(0, s)
@@ -530,7 +531,7 @@ class ByGain:
 
     def gain(self, s, p):
         T, further = self.token_ms, self.costs.further
-        gain = self.chance * p * T - self.draft - self.costs.deeper[s]
+        gain = self.chance * p * T - self.draft_ms - self.costs.deeper[s]
         if self.drafted == 0:
             gain += max(0.0, p ** 2 * T - further) + max(0.0, p ** 3 * T - further)
         return gain
@@ -541,9 +542,9 @@ class ByGain:
         p = record.right[b] / record.seen[b]
         drafts = self.gain(s, p) > self.refusal[s]
         self.asked.append((self.drafted, s, b, answer))
-        self.spent += self.ask
+        self.spent += self.ask_ms
         if drafts:
-            self.spent += self.draft + self.costs.deeper[s]
+            self.spent += self.draft_ms + self.costs.deeper[s]
             self.chance *= p
         return drafts
 

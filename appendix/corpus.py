@@ -25,9 +25,11 @@ writes at a time: of those that torchrun starts, the others wait and find what t
 """
 import argparse
 import codecs
+import glob
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -355,10 +357,12 @@ def new_folder(folder):
         if folder.is_dir():
             yield None
             return
+        # some file systems keep a lock from processes of this machine only: so the name has it
+        mark = f".{platform.node()}."
         if alone:                         # then this was left by processes that were killed
-            for left in folder.parent.glob("[0-9a-f]" * 20 + ".*.tmp"):
-                shutil.rmtree(left)
-        temporary = Path(tempfile.mkdtemp(".tmp", folder.name + ".", folder.parent))
+            for left in folder.parent.glob("[0-9a-f]" * 20 + glob.escape(mark) + "*.tmp"):
+                shutil.rmtree(left, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(".tmp", folder.name + mark, folder.parent))
         try:
             yield temporary
             os.replace(temporary, folder)

@@ -1,6 +1,7 @@
 """appendix/corpus.py: which files are read, the same ids as of the uncut text, the cache."""
 import json
 import os
+import platform
 import threading
 import time
 
@@ -195,7 +196,7 @@ def test_the_cache_is_used_and_never_half_written(tmp_path, monkeypatch, toy_tok
 def test_of_two_at_once_one_tokenises(tmp_path, monkeypatch, toy_tokenizer, cache, locks, capsys):
     path, whole, dealt, found = tmp_path / "my.txt", C.deal, [], []
     path.write_text("one two three " * 40)
-    if not locks:                                             # as on Windows: both work, one is kept
+    if not locks:                         # as on Windows: both work, one is kept
         monkeypatch.setattr(R, "lock", lambda folder, wait=False: None)
 
     def prepare():
@@ -223,11 +224,13 @@ def test_of_two_at_once_one_tokenises(tmp_path, monkeypatch, toy_tokenizer, cach
 def test_what_a_killed_process_left_goes_and_nothing_else(tmp_path, toy_tokenizer, cache):
     path = tmp_path / "my.txt"
     path.write_text("one two three " * 40)
-    (cache / "a.tmp").mkdir(parents=True)
-    (cache / f"{'0123456789' * 2}.abc.tmp").mkdir()
-    (cache / f"{'0123456789' * 2}.abc.tmp" / "ids").write_bytes(b"12")
+    key, here = "0123456789" * 2, platform.node()
+    for name in ("a.tmp", f"{key}.{here}.abc.tmp", f"{key}.other-{here}.abc.tmp"):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "ids").write_bytes(b"12")
     folder, _ = C.prepare(str(path), toy_tokenizer)
-    assert sorted(os.listdir(cache)) == sorted(["a.tmp", folder.name])
+    stay = ["a.tmp", f"{key}.other-{here}.abc.tmp", folder.name]
+    assert sorted(os.listdir(cache)) == sorted(stay)
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):

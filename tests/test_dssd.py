@@ -293,7 +293,7 @@ def test_the_rule_by_hand():
 
 
 def test_rounds_that_save_nothing_end_in_a_rest_whatever_the_records_say():
-    """The records promise 2 ms a round, but the rounds lose 3: a round costs 13 ms and 0 are kept."""
+    """The records promise 2 ms a round, but rounds lose 3: they cost 13 ms and keep nothing."""
     heads = shaken(tiny(), [1])
     heads.calibration = {}
     costs = [Costs(n, 10.0, 1.0, 3.0, 30.0, [0.0]) for n in (0, 1000)]

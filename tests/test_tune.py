@@ -29,8 +29,8 @@ def test_costs_are_those_of_the_work_that_is_done(monkeypatch):
     few, many = T.measure_costs(model, heads, repeats=2)
     assert (few.positions, many.positions) == (4, 32)
     for costs in (few, many):
-        # a plain step: 4 blocks; a draft: 4 blocks for one more row; a question: no block. From exit
-        # 3 a draft takes as many, but they count as if the verification's rows came free
+        # a plain step: 4 blocks; a draft: 4 blocks for one more row; a question: no block. From
+        # exit 3 a draft takes as many, but counts as if the verification's rows came free
         assert [costs.plain, costs.first, costs.further] == pytest.approx([4, 4, 4])
         assert costs.question == pytest.approx(0) and costs.deeper == pytest.approx([0, 2])
 
