@@ -248,13 +248,17 @@ class Pythia(nn.Module):
     def embed(self, ids):
         """Token ids (B, T) -> depth 0 of the residual stream (B, T, D). Or InputError: no such id.
 
-        On a GPU the check would wait for the device. So a single token, the model's own choice, is
-        not checked there.
+        On a CPU the look-up itself finds a wrong id. On a GPU a check waits for the device. So a
+        single token, the model's own choice, is not checked there.
         """
-        V, few = self.config.vocab_size, int(ids.is_cuda)
-        if ids.numel() > few and not 0 <= ids.min() <= ids.max() < V:
-            raise InputError(f"ids {ids.min()} .. {ids.max()} are not all in 0 .. {V - 1}")
-        return self.embed_in(ids)
+        V = self.config.vocab_size
+        try:
+            if ids.is_cuda and ids.numel() > 1 and not 0 <= ids.min() <= ids.max() < V:
+                raise IndexError
+            return self.embed_in(ids)
+        except IndexError:
+            wrong = f"ids {ids.min()} .. {ids.max()} are not all in 0 .. {V - 1}"
+            raise InputError(wrong) from None
 
     def run(self, x, start, stop, cache=None, between=None):
         """Advance T consecutive positions from depth start to depth stop: (B, T, D) -> (B, T, D).

@@ -41,6 +41,7 @@ import functools
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -48,6 +49,7 @@ from heads import BlockHead, ExitHead, ExitHeads, TiedHead
 from model import TOY, InputError, Pythia, check_room, command_line, locate
 
 MOST_ROWS = 17      # rows of one graphed pass: a token and up to 16 drafts; longer ones are prompts
+PANEL = 64          # columns of a small matrix that NumPy multiplies at a time
 KEPT_STEPS = 32     # buffers are kept for passes of up to so many rows
 
 # ---------------------------------------------------------------- the door
@@ -101,31 +103,53 @@ def packs(dtype):
 class Product:
     """x -> x w + b for few rows x (T, n), with w (n, m) stored as it multiplies fastest here.
 
-    In float32 two rows of a plain product cost twice one. Packed, eight rows cost little more than
-    one. That pays in 16 bits, and in float32 from a width of 256 on. Smaller matrices stay in the
-    processor's cache, and the call costs more than it saves.
+    In float32 two rows of PyTorch's plain product cost twice one. Two ways to store w make four
+    rows cost little more than one. A wide matrix is packed for oneDNN. A small one takes less time
+    in NumPy's library, whose calls cost less, with w cut into panels of 64 columns: each lies in
+    one piece, so that it is read in order.
     """
 
     def __init__(self, w, b, dtype):
         w = w.detach().to(dtype)
         self.b = None if b is None else b.detach().to(dtype)
-        # large enough to pay
-        large = dtype != torch.float32 or min(w.shape) >= 256
-        self.packed = large and w.device.type == "cpu" and packs(dtype)
+        n, m = w.shape
+        on_cpu, wide = w.device.type == "cpu", min(n, m) >= 256
+        self.packed = on_cpu and (wide or dtype != torch.float32) and packs(dtype)
         # measured on an EPYC: four rows of a large packed product are faster than one or two
         self.least_rows = 4 if w.numel() >= 2 ** 20 else 1
+        self.numpy_rows = 0
         if self.packed:
             self.w = torch.ops.mkldnn._reorder_linear_weight(w.T.contiguous(), 16)
         elif dtype == torch.float32:
             self.w = w.contiguous()                    # by rows
         else:
             self.w = w.T.contiguous().T                # 16 bits are faster as the transposed view
+        if on_cpu and not self.packed and dtype == torch.float32 and w.numel() <= 2 ** 18:
+            # larger products would start NumPy's threads, which disturb PyTorch's
+            width = PANEL if m % PANEL == 0 else m
+            self.numpy_rows = min(MOST_ROWS, 2 ** 20 // (n * width))
+            self.rows = self.w.numpy()
+            panels = self.rows.reshape(n, -1, width).swapaxes(0, 1)
+            self.panels = np.ascontiguousarray(panels)                    # (m / width, n, width)
+
+    def by_numpy(self, x, out):
+        """out = x w, for numpy_rows at most."""
+        x, out, T = x.numpy(), out.numpy(), len(x)
+        if T == 1:
+            x.dot(self.rows, out)
+        else:
+            parts, _, width = self.panels.shape
+            np.matmul(x, self.panels, out=out.reshape(T, parts, width).swapaxes(0, 1))
 
     def __call__(self, x):
         """x w + b, a new tensor (T, m)."""
         if self.packed:
             linear = torch.ops.mkldnn._linear_pointwise.default
             return linear(self.padded(x), self.w, self.b, "none", [], "")[:len(x)]
+        if len(x) <= self.numpy_rows:
+            y = x.new_empty(len(x), self.w.shape[1])
+            self.by_numpy(x, y)
+            return y if self.b is None else y.add_(self.b)
         if self.b is None:
             return x @ self.w
         return torch.addmm(self.b, x, self.w)
@@ -134,6 +158,9 @@ class Product:
         """out = x w + b, in place."""
         if self.packed or self.b is None or out.dtype != x.dtype:
             out.copy_(self(x))
+        elif len(x) <= self.numpy_rows:
+            self.by_numpy(x, out)
+            out.add_(self.b)
         else:
             torch.addmm(self.b, x, self.w, out=out)
 
@@ -142,7 +169,12 @@ class Product:
         if self.packed:
             linear = torch.ops.mkldnn._linear_pointwise.binary
             return linear(self.padded(x), self.padded(rest), self.w, self.b, "add")[:len(x)]
-        y = torch.addmm(rest, x, self.w)
+        if len(x) <= self.numpy_rows:
+            y = torch.empty_like(rest)
+            self.by_numpy(x, y)
+            y.add_(rest)
+        else:
+            y = torch.addmm(rest, x, self.w)
         if self.b is not None:
             y.add_(self.b)
         return y
@@ -264,6 +296,7 @@ class Fused:
     def unembed(self, x):
         return self.output(x, self.out)
 
+    @np.errstate(all="ignore")
     def output(self, x, product):
         """A plain normalisation of x (1, T, D), then a folded norm and matrix: (1, T, V)."""
         return product(self.normalised(x[0]))[None]
@@ -285,6 +318,7 @@ class Fused:
         """InputError unless n positions fit into the cache and into the context."""
         check_room(n, min(cache.max_len, len(self.turn)))
 
+    @np.errstate(all="ignore")                # NaN is found in the logits, and said once
     def run_folded(self, x, blocks, cache, start, between=None):
         """Rows x (T, D) through folded blocks -> (T, D). The cache holds their keys and values from
         its block `start` on."""
@@ -297,7 +331,7 @@ class Fused:
         slots = kv[..., n:n + T, :].unbind(0)                             # (2, H, T, K) per block
         keys = kv[:, 0, :, :n + T].mT.unbind(0)                           # (H, K, n + T) per block
         values = kv[:, 1, :, :n + T].unbind(0)                            # (H, n + T, K) per block
-        mask, first_rows = None, n == 0 and T > 1
+        mask, first_rows, widen = None, n == 0 and T > 1, cache.kv.dtype != z.dtype
         if T > 1 and not first_rows:
             # row i sees positions 0 .. n + i
             mask = z.new_full((T, n + T), float("-inf")).triu(n + 1)
@@ -306,7 +340,8 @@ class Fused:
             up.into(z, self.normalised(x))
             rotate_pairs(pairs, turn)
             slot.copy_(new)
-            k, v = k.to(z.dtype), v.to(z.dtype)
+            if widen:
+                k, v = k.to(z.dtype), v.to(z.dtype)
             if first_rows:
                 attended = prompt_attention(q, k.mT, v)
             else:

@@ -77,8 +77,8 @@ def test_more_tokens_than_fit_are_refused():
                 fused.run(torch.randn(1, 1, 32), 0, 4, cache)
 
 
-# plain, packed, packed and padded to four rows
-@pytest.mark.parametrize("n, m", [(40, 24), (256, 300), (1024, 1024)])
+# one panel, three, two that take few rows, packed, packed and padded to four rows, as it is
+@pytest.mark.parametrize("n, m", [(40, 24), (96, 192), (2048, 128), (256, 300), (1024, 1024), (64, 5000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_equal_plain_ones_in_float64(dtype, n, m):
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ def test_products_equal_plain_ones_in_float64(dtype, n, m):
     near = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.4}
     for offset in (b, None):
         product = Product(w, offset, dtype)
-        for T in (1, 2, 3, 5, 18):
+        for T in (1, 2, 3, 4, 5, 18):
             x, rest = torch.randn(T, n).to(dtype), torch.randn(T, m).to(dtype)
             out = torch.empty(T, m)
             want = x.double() @ w
@@ -103,7 +103,10 @@ def test_products_equal_plain_ones_in_float64(dtype, n, m):
                 some = product.columns(3, 9, x).double()
                 assert torch.allclose(some, want[:, 3:9], **near)
     if packs(dtype):
-        assert product.packed == (dtype == torch.bfloat16 or n >= 256)
+        assert product.packed == (dtype == torch.bfloat16 or n in (256, 1024))
+    rows_by_numpy = {40: 17, 96: 17, 2048: 8}.get(n, 0)
+    if packs(dtype):
+        assert product.numpy_rows == (rows_by_numpy if dtype == torch.float32 else 0)
 
 
 @pytest.mark.parametrize("packed", [True, False])     # False: as where nothing can be packed
