@@ -327,10 +327,11 @@ class Fused:
         z, pairs, q, new, y, hidden, both = self.step(T, x)
         turn = self.turn[n:n + T]                                         # (T, 1, R / 2)
         # the views of all blocks at once: one call each, not one per block
-        kv = cache.kv[start:stop, :, 0]                                   # (blocks, 2, H, N, K)
-        slots = kv[..., n:n + T, :].unbind(0)                             # (2, H, T, K) per block
-        keys = kv[:, 0, :, :n + T].mT.unbind(0)                           # (H, K, n + T) per block
-        values = kv[:, 1, :, :n + T].unbind(0)                            # (H, n + T, K) per block
+        kv = cache.kv[start:stop, :, 0, :, :n + T]                        # (blocks, 2, H, n + T, K)
+        slots = kv[..., n:, :].unbind(0)                                  # (2, H, T, K) per block
+        keys, values = kv.unbind(1)
+        keys = keys.mT.unbind(0)                                          # (H, K, n + T) per block
+        values = values.unbind(0)                                         # (H, n + T, K) per block
         mask, first_rows, widen = None, n == 0 and T > 1, cache.kv.dtype != z.dtype
         if T > 1 and not first_rows:
             # row i sees positions 0 .. n + i
@@ -350,7 +351,7 @@ class Fused:
                 attended = torch.bmm(scores.softmax(-1), v)               # (H, T, K)
             y.copy_(attended)
             hidden.addcmul_(hidden, torch.erf(hidden))                    # sqrt(2) GELU: see fold
-            x = down.onto(x, both.to(x.dtype))                            # (T, D), a new tensor
+            x = down.onto(x, both.to(x.dtype) if widen else both)         # (T, D), a new tensor
             depth += 1
             if between and depth in between:
                 between[depth].copy_(x)
