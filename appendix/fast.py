@@ -49,7 +49,7 @@ from heads import BlockHead, ExitHead, ExitHeads, TiedHead
 from model import TOY, InputError, Pythia, check_room, command_line, locate
 
 MOST_ROWS = 17      # rows of one graphed pass: a token and up to 16 drafts; longer ones are prompts
-PANEL = 64          # columns of a small matrix that NumPy multiplies at a time
+PANEL = 32          # columns of a small matrix that NumPy multiplies at a time
 KEPT_STEPS = 32     # buffers are kept for passes of up to so many rows
 
 # ---------------------------------------------------------------- the door
@@ -105,7 +105,7 @@ class Product:
 
     In float32 two rows of PyTorch's plain product cost twice one. Two ways to store w make four
     rows cost little more than one. A wide matrix is packed for oneDNN. A small one takes less time
-    in NumPy's library, whose calls cost less, with w cut into panels of 64 columns: each lies in
+    in NumPy's library, whose calls cost less, with w cut into panels of 32 columns: each lies in
     one piece, so that it is read in order.
     """
 
@@ -128,18 +128,14 @@ class Product:
             # larger products would start NumPy's threads, which disturb PyTorch's
             width = PANEL if m % PANEL == 0 else m
             self.numpy_rows = min(MOST_ROWS, 2 ** 20 // (n * width))
-            self.rows = self.w.numpy()
-            panels = self.rows.reshape(n, -1, width).swapaxes(0, 1)
+            panels = self.w.numpy().reshape(n, -1, width).swapaxes(0, 1)
             self.panels = np.ascontiguousarray(panels)                    # (m / width, n, width)
 
     def by_numpy(self, x, out):
         """out = x w, for numpy_rows at most."""
-        x, out, T = x.numpy(), out.numpy(), len(x)
-        if T == 1:
-            x.dot(self.rows, out)
-        else:
-            parts, _, width = self.panels.shape
-            np.matmul(x, self.panels, out=out.reshape(T, parts, width).swapaxes(0, 1))
+        panels, _, width = self.panels.shape
+        out = out.numpy().reshape(len(x), panels, width).swapaxes(0, 1)   # (m / width, T, width)
+        np.matmul(x.numpy(), self.panels, out=out)
 
     def __call__(self, x):
         """x w + b, a new tensor (T, m)."""
