@@ -18,8 +18,9 @@ Constants go into the weights too: attention's scale 1 / sqrt(K) into the querie
 1 / sqrt(2) into the MLP. All this is computed once, in float64. Only parallel residuals allow it:
 there, both halves of a block read the same h.
 
-Why packing. A plain product of few rows reads its matrix at half the memory's speed or less. The
-library behind PyTorch on a CPU, oneDNN, has a layout of its own that it reads at nearly full speed.
+Why other products. PyTorch's product of few rows reads its matrix at half the memory's speed or
+less. oneDNN, a library behind PyTorch, has a layout of its own that it reads at nearly full speed.
+NumPy's library does so for small matrices, if they are cut into panels.
 
 Why static shapes. On a GPU a small kernel is over before Python has launched the next one. A CUDA
 graph records all launches of a pass once and replays them with one call. It replays fixed kernels
@@ -77,7 +78,7 @@ def rotated_width(config):
     return int(config.hidden_size // config.num_attention_heads * config.rotary_pct)
 
 
-# ---------------------------------------------------------------- packed products
+# ---------------------------------------------------------------- products of few rows
 
 
 @functools.cache
@@ -101,90 +102,101 @@ def packs(dtype):
 
 
 class Product:
-    """x -> x w + b for few rows x (T, n), with w (n, m) stored as it multiplies fastest here.
+    """x -> x w + b for rows x (T, n), with w (n, m) and b (m,) or None: PyTorch's own."""
 
-    In float32 two rows of PyTorch's plain product cost twice one. Two ways to store w make four
-    rows cost little more than one. A wide matrix is packed for oneDNN. A small one takes less time
-    in NumPy's library, whose calls cost less, with w cut into panels of 32 columns: each lies in
-    one piece, so that it is read in order.
-    """
-
-    def __init__(self, w, b, dtype):
-        w = w.detach().to(dtype)
-        self.b = None if b is None else b.detach().to(dtype)
-        n, m = w.shape
-        on_cpu, wide = w.device.type == "cpu", min(n, m) >= 256
-        self.packed = on_cpu and (wide or dtype != torch.float32) and packs(dtype)
-        # measured on an EPYC: four rows of a large packed product are faster than one or two
-        self.least_rows = 4 if w.numel() >= 2 ** 20 else 1
-        self.numpy_rows = 0
-        if self.packed:
-            self.w = torch.ops.mkldnn._reorder_linear_weight(w.T.contiguous(), 16)
-        elif dtype == torch.float32:
-            self.w = w.contiguous()                    # by rows
-        else:
-            self.w = w.T.contiguous().T                # 16 bits are faster as the transposed view
-        if on_cpu and not self.packed and dtype == torch.float32 and w.numel() <= 2 ** 18:
-            # larger products would start NumPy's threads, which disturb PyTorch's
-            width = PANEL if m % PANEL == 0 else m
-            self.numpy_rows = min(MOST_ROWS, 2 ** 20 // (n * width))
-            panels = self.w.numpy().reshape(n, -1, width).swapaxes(0, 1)
-            self.panels = np.ascontiguousarray(panels)                    # (m / width, n, width)
-
-    def by_numpy(self, x, out):
-        """out = x w, for numpy_rows at most."""
-        panels, _, width = self.panels.shape
-        out = out.numpy().reshape(len(x), panels, width).swapaxes(0, 1)   # (m / width, T, width)
-        np.matmul(x.numpy(), self.panels, out=out)
+    def __init__(self, w, b):
+        # 16 bits are faster as the transposed view
+        self.w = w.contiguous() if w.dtype == torch.float32 else w.T.contiguous().T
+        self.b = b
 
     def __call__(self, x):
         """x w + b, a new tensor (T, m)."""
-        if self.packed:
-            linear = torch.ops.mkldnn._linear_pointwise.default
-            return linear(self.padded(x), self.w, self.b, "none", [], "")[:len(x)]
-        if len(x) <= self.numpy_rows:
-            y = x.new_empty(len(x), self.w.shape[1])
-            self.by_numpy(x, y)
-            return y if self.b is None else y.add_(self.b)
         if self.b is None:
             return x @ self.w
         return torch.addmm(self.b, x, self.w)
 
     def into(self, out, x):
         """out = x w + b, in place."""
-        if self.packed or self.b is None or out.dtype != x.dtype:
+        if self.b is None or out.dtype != x.dtype:
             out.copy_(self(x))
-        elif len(x) <= self.numpy_rows:
-            self.by_numpy(x, out)
-            out.add_(self.b)
         else:
             torch.addmm(self.b, x, self.w, out=out)
 
     def onto(self, rest, x):
         """rest + x w + b, a new tensor (T, m)."""
-        if self.packed:
-            linear = torch.ops.mkldnn._linear_pointwise.binary
-            return linear(self.padded(x), self.padded(rest), self.w, self.b, "add")[:len(x)]
-        if len(x) <= self.numpy_rows:
-            y = torch.empty_like(rest)
-            self.by_numpy(x, y)
-            y.add_(rest)
-        else:
-            y = torch.addmm(rest, x, self.w)
-        if self.b is not None:
-            y.add_(self.b)
-        return y
+        return self(x).add_(rest)
 
-    def columns(self, first, last, x):
-        """x w + b in columns first .. last - 1 alone: of an unpacked w no others are read."""
-        if self.packed:
-            return self(x)[:, first:last]
-        return torch.addmm(self.b[first:last], x, self.w[:, first:last])
+
+class PackedProduct(Product):
+    """By oneDNN, with w packed. Its threads share a large matrix."""
+
+    def __init__(self, w, b):
+        # measured on an EPYC: four rows of a large packed product are faster than one or two
+        self.least_rows = 4 if w.numel() >= 2 ** 20 else 1
+        self.w, self.b = torch.ops.mkldnn._reorder_linear_weight(w.T.contiguous(), 16), b
+
+    def __call__(self, x):
+        linear = torch.ops.mkldnn._linear_pointwise.default
+        return linear(self.padded(x), self.w, self.b, "none", [], "")[:len(x)]
+
+    def into(self, out, x):
+        out.copy_(self(x))
+
+    def onto(self, rest, x):
+        linear = torch.ops.mkldnn._linear_pointwise.binary
+        return linear(self.padded(x), self.padded(rest), self.w, self.b, "add")[:len(x)]
 
     def padded(self, x):
         """x with rows of zeros below, up to least_rows."""
         missing = self.least_rows - len(x)
         return F.pad(x, (0, 0, 0, missing)) if missing > 0 else x
+
+
+class PanelProduct(Product):
+    """By NumPy, with w cut into panels of 32 columns: each lies in one piece and is read in order.
+
+    For small matrices in float32, where a call of NumPy's library costs less than PyTorch's. Longer
+    x are left to PyTorch: they would start NumPy's threads, and the two libraries' would collide.
+    """
+
+    def __init__(self, w, b):
+        super().__init__(w, b)
+        n, m = w.shape
+        width = PANEL if m % PANEL == 0 else m
+        self.most_rows = min(MOST_ROWS, 2 ** 20 // (n * width))
+        panels = self.w.numpy().reshape(n, -1, width).swapaxes(0, 1)
+        self.panels = np.ascontiguousarray(panels)                        # (m / width, n, width)
+
+    def __call__(self, x):
+        if len(x) > self.most_rows:
+            return super().__call__(x)
+        out = torch.empty(len(x), self.w.shape[1])
+        self.into(out, x)
+        return out
+
+    def into(self, out, x):
+        if len(x) > self.most_rows:
+            return super().into(out, x)
+        panels, _, width = self.panels.shape
+        parts = out.numpy().reshape(len(x), panels, width)
+        np.matmul(x.numpy(), self.panels, out=parts.swapaxes(0, 1))       # (m / width, T, width)
+        if self.b is not None:
+            out.add_(self.b)
+
+
+def product(w, b, dtype):
+    """x -> x w + b as what is fastest here for few rows.
+
+    In float32 two rows of PyTorch's own product cost twice one. Of the two others, four rows cost
+    little more than one.
+    """
+    w, b = w.detach().to(dtype), None if b is None else b.detach().to(dtype)
+    single = dtype == torch.float32
+    if w.device.type == "cpu" and (min(w.shape) >= 256 or not single) and packs(dtype):
+        return PackedProduct(w, b)
+    if w.device.type == "cpu" and single and w.numel() <= 2 ** 18:
+        return PanelProduct(w, b)
+    return Product(w, b)
 
 
 # ---------------------------------------------------------------- folding
@@ -212,7 +224,7 @@ def fold(block, R):
     down, dense = block.mlp.dense_4h_to_h, block.attention.dense
     w2 = torch.cat((dense.weight.double(), down.weight.double() * half), 1).T    # (D + I, D)
     dtype = dense.weight.dtype
-    return Product(w1, b1, dtype), Product(w2, dense.bias + down.bias, dtype)
+    return product(w1, b1, dtype), product(w2, dense.bias + down.bias, dtype)
 
 
 def fold_attention(attention, norm, R):
@@ -240,7 +252,7 @@ def fold_attention(attention, norm, R):
 def fold_output(norm, linear):
     """A LayerNorm and a matrix D -> V as one Product, to be used after a plain normalisation."""
     w, b = absorb(linear, norm)
-    return Product(w.T, b, linear.weight.dtype)
+    return product(w.T, b, linear.weight.dtype)
 
 
 # ---------------------------------------------------------------- the fused twin
@@ -293,9 +305,9 @@ class Fused:
         return self.output(x, self.out)
 
     @np.errstate(all="ignore")
-    def output(self, x, product):
+    def output(self, x, matrix):
         """A plain normalisation of x (1, T, D), then a folded norm and matrix: (1, T, V)."""
-        return product(self.normalised(x[0]))[None]
+        return matrix(self.normalised(x[0]))[None]
 
     def normalised(self, x):
         """Mean 0 and variance 1 for every row of x (T, D), without an affine part."""
@@ -304,10 +316,10 @@ class Fused:
     def keys_values(self, x, block, cache):
         """As Pythia.keys_values: only this part of the block, for x (1, T, D)."""
         x, n = x[0], cache.length[block]
-        T, D = x.shape
-        step = self.step(T, x)
-        step.z[:, :3 * D] = self.blocks[block][0].columns(0, 3 * D, self.normalised(x))
-        rotate_pairs(step.pairs, self.turn[n:n + T])
+        step = self.step(len(x), x)
+        up, _ = self.blocks[block]
+        up.into(step.z, self.normalised(x))
+        rotate_pairs(step.pairs, self.turn[n:n + len(x)])
         cache.append(block, step.new[:, None])
 
     def check_room(self, n, cache):
@@ -432,7 +444,7 @@ class FusedBlockHead(FusedHead):
 
     def __init__(self, decoder, head):
         super().__init__(decoder, head)
-        self.shift = Product(head.shift.weight.T, None, head.shift.weight.dtype)
+        self.shift = product(head.shift.weight.T, None, head.shift.weight.dtype)
         self.blocks = [fold(head.block, decoder.R)]
 
     def body(self, h, cache):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import appendix.fast as room
-from appendix.fast import FusedHeads, Product, fast, packs
+from appendix.fast import FusedHeads, PackedProduct, PanelProduct, Product, fast, packs, product
 from conftest import TOY, assert_refused, call, shaken, tiny
 from dssd import DSSD, EarlyExit, LayerSkip, Plain, generate
 from heads import KINDS, ExitHeads, held_out_prompts
@@ -77,36 +77,37 @@ def test_more_tokens_than_fit_are_refused():
                 fused.run(torch.randn(1, 1, 32), 0, 4, cache)
 
 
-# one panel, six, four that take few rows, packed, packed and padded to four rows, as it is
-@pytest.mark.parametrize("n, m", [(40, 24), (96, 192), (2048, 128), (256, 300), (1024, 1024), (64, 5000)])
+@pytest.mark.parametrize("n, m, kind", [
+    (40, 24, PanelProduct),                             # one panel
+    (96, 192, PanelProduct),                            # six
+    (2048, 128, PanelProduct),                          # for 16 rows at most
+    (64, 5000, Product),
+    (256, 300, PackedProduct),
+    (1024, 1024, PackedProduct)])                       # padded to four rows
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_equal_plain_ones_in_float64(dtype, n, m):
+def test_products_equal_plain_ones_in_float64(dtype, n, m, kind):
     torch.manual_seed(0)
     w = torch.randn(n, m, dtype=torch.double).to(dtype).double()
     b = torch.randn(m).to(dtype)
     near = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.4}
     for offset in (b, None):
-        product = Product(w, offset, dtype)
+        multiply = product(w, offset, dtype)
         for T in (1, 2, 3, 4, 5, 18):
             x, rest = torch.randn(T, n).to(dtype), torch.randn(T, m).to(dtype)
             out = torch.empty(T, m)
             want = x.double() @ w
             if offset is not None:
                 want += offset.double()
-            got = product(x)
+            got = multiply(x)
             assert got.shape == (T, m) and got.dtype == dtype
             assert torch.allclose(got.double(), want, **near)
-            assert torch.allclose(product.onto(rest, x).double(), rest.double() + want, **near)
-            product.into(out, x)
+            assert torch.allclose(multiply.onto(rest, x).double(), rest.double() + want, **near)
+            multiply.into(out, x)
             assert torch.allclose(out.double(), want, **near)
-            if offset is not None:
-                some = product.columns(3, 9, x).double()
-                assert torch.allclose(some, want[:, 3:9], **near)
     if packs(dtype):
-        assert product.packed == (dtype == torch.bfloat16 or n in (256, 1024))
-    rows_by_numpy = {40: 17, 96: 17, 2048: 16}.get(n, 0)
-    if packs(dtype):
-        assert product.numpy_rows == (rows_by_numpy if dtype == torch.float32 else 0)
+        assert type(multiply) is (kind if dtype == torch.float32 else PackedProduct)
+    if kind is PanelProduct and dtype == torch.float32:
+        assert multiply.most_rows == (16 if n == 2048 else 17)
 
 
 @pytest.mark.parametrize("packed", [True, False])     # False: as where nothing can be packed
