@@ -15,8 +15,8 @@ takes the line between.
 
     python -m appendix.tune             the costs, and what acceptance a first draft then needs
     python -m appendix.tune --hard      then DSSD auto beside Plain on texts that are hard to draft
-Expect on the toy a question to cost a third of a plain step, a first draft nearly a plain step, and
-a later one 0.4 to 0.5 of it.
+Expect on the toy a question to cost a third of a plain step, a first draft 0.5 to 0.7 of it, and a
+later one 0.3 to 0.4.
 """
 import argparse
 import math
