@@ -500,34 +500,44 @@ class ByGain:
     def exits_to_ask(self, drafted):
         """The exits that are worth asking, shallow first."""
         if drafted == 0:
+            # a new round
             self.chance, self.spent = 1.0, self.costs.plain
             if self.rest:
                 self.rest -= 1
                 return []
-        costs, self.drafted = self.costs, drafted
-        self.token_ms = min(costs.plain, self.ms / self.tokens)
-        self.ask_ms, self.draft_ms = costs.question, costs.first - costs.question
-        if drafted:
-            self.ask_ms, self.draft_ms = costs.further, 0.0
-        exits, values, value, self.refusal = [], [], 0.0, [0.0] * len(self.records)
-        for s in reversed(range(len(self.records))):
-            self.refusal[s], mean = value, 0.0
-            for share, p in self.records[s].bins():
-                mean += share * max(self.gain(s, p), value)
-            values.insert(0, mean - self.ask_ms)
-            if values[0] > value:
-                value = values[0]
-                exits.insert(0, s)
+        # what this question and its draft cost
+        self.drafted, self.token_ms = drafted, min(self.costs.plain, self.ms / self.tokens)
+        if drafted == 0:
+            self.ask_ms, self.draft_ms = self.costs.question, self.costs.first - self.costs.question
+        else:
+            self.ask_ms, self.draft_ms = self.costs.further, 0.0
+        values = self.values()
+        exits = [s for s, value in enumerate(values) if value > self.refusal[s]]
         if drafted == 0:
             best = max(values)
-            exits = exits or [values.index(best)]
-            saved = self.tokens * costs.plain - self.ms
-            if saved + PROMISES * best > 0:
-                self.wait = SHORTEST
-            else:
-                # nothing pays: after this round a rest, longer each time
-                self.rest, self.wait = self.wait, min(2 * self.wait, LONGEST)
+            self.rest_unless_it_pays(best)
+            exits = exits or [values.index(best)]         # one, even if none seems worth it
         return exits
+
+    def values(self):
+        """value_s of every exit s. Sets refusal[s] to value_{s+1}, what refusing is worth there."""
+        exits, beyond = len(self.records), 0.0
+        values, self.refusal = [0.0] * exits, [0.0] * exits
+        for s in reversed(range(exits)):
+            mean = 0.0
+            for share, p in self.records[s].bins():
+                mean += share * max(self.gain(s, p), beyond)
+            self.refusal[s], values[s] = beyond, mean - self.ask_ms
+            beyond = max(beyond, values[s])
+        return values
+
+    def rest_unless_it_pays(self, best):
+        """Rest after this round, longer each time, unless recent rounds or the best value pay."""
+        saved = self.tokens * self.costs.plain - self.ms
+        if saved + PROMISES * best > 0:
+            self.wait = SHORTEST
+        else:
+            self.rest, self.wait = self.wait, min(2 * self.wait, LONGEST)
 
     def gain(self, s, p):
         T, further = self.token_ms, self.costs.further
