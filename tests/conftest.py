@@ -1,4 +1,5 @@
-"""Shared by all tests: where things are, tiny models with random weights, a chapter's command line, the toy."""
+"""Shared by all tests: where things are, tiny models with random weights, a chapter's command line,
+the toy."""
 import io
 import os
 import subprocess
@@ -15,18 +16,22 @@ sys.path.insert(0, str(ROOT))
 from heads import ExitHeads, held_out_prompts   # noqa: E402
 from model import TOY, Pythia, PythiaConfig, Tokenizer, command_line   # noqa: E402
 
-SHARED = Path(os.environ.get("NANOEXIT_SHARED", ROOT.parent / "shared"))   # optional data; tests skip without it
+# optional data; tests skip without it
+SHARED = Path(os.environ.get("NANOEXIT_SHARED", ROOT.parent / "shared"))
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: left out unless asked for, as .ci/run does with -m 'slow or not slow'")
+    config.addinivalue_line(
+        "markers", "slow: left out unless asked for, as .ci/run does with -m 'slow or not slow'")
     config.option.markexpr = config.option.markexpr or "not slow"
 
 
 def tiny(seed=0, **changes):
-    """A frozen random Pythia, small but with weights large enough that its predictions are not uniform."""
+    """A frozen random Pythia, small but with weights large enough that its predictions are not
+    uniform."""
     torch.manual_seed(seed)
-    config = PythiaConfig(**{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 4,
+    config = PythiaConfig(**{"vocab_size": 96, "hidden_size": 32,
+                             "intermediate_size": 128, "num_hidden_layers": 4,
                              "num_attention_heads": 4, "max_position_embeddings": 64, **changes})
     model = Pythia(config).eval().requires_grad_(False)
     for p in model.parameters():
@@ -60,7 +65,8 @@ def call(chapter, *arguments):
 
 def run(*command, **environment):
     """A chapter's command line in a process of its own -> (exit status, stdout, stderr)."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
     return done.returncode, done.stdout, done.stderr
 

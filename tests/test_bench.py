@@ -58,7 +58,8 @@ def test_bytes_of_a_copied_state():
     policy = EarlyExit(shaken(model, [2]), [math.inf], fill="copy")
     early = generate(model, [1, 2, 3], 4, policy)
     cost, read = B.cost_of(model, policy, [early])
-    weights = 3 * (2 * BLOCK + UNEMBEDDING + 2 * BLOCK / 6)               # of a block only 2 of 12 D x D
+    # of a block only 2 of 12 D x D
+    weights = 3 * (2 * BLOCK + UNEMBEDDING + 2 * BLOCK / 6)
     assert 3 * read == pytest.approx(weights + 2 * (4 + 5 + 6) * POSITION)
     assert cost == pytest.approx(2 + 2 / 6 + model.config.unembed_cost)
 

@@ -1,4 +1,5 @@
-"""Consoles: letters that an encoding lacks are replaced, and a reader that leaves early is no error."""
+"""Consoles: letters that an encoding lacks are replaced, and a reader that leaves early is no
+error."""
 import io
 import os
 import subprocess
@@ -11,7 +12,8 @@ import model
 from conftest import ROOT
 from model import command_line
 
-PROMPT = "caf\udce9 = \"\u4e2d\U0001f600\"  # \u03b8"     # a byte of a file name that is no UTF-8, and letters
+# a byte of a file name that is no UTF-8, and letters
+PROMPT = "caf\udce9 = \"\u4e2d\U0001f600\"  # \u03b8"
 
 
 def shown_on(encoding, main, monkeypatch, *arguments):
@@ -38,6 +40,7 @@ def test_a_reader_that_leaves_early_is_no_error():
     read, write = os.pipe()
     os.close(read)
     code = "import model; model.command_line(lambda: print('a line'))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT,
+                          stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")

@@ -40,11 +40,13 @@ def coded(path, tokenizer, processes=1):
 
 
 def test_which_files_are_read(tmp_path, toy_tokenizer, capsys):
-    """Hidden names are left out, links followed once, the mark removed, other encodings said in one line."""
+    """Hidden names are left out, links followed once, the mark removed, other encodings said in one
+    line."""
     folder, other = tmp_path / "texts", tmp_path / "other"
     for path in (folder / ".git" / "hooks", folder / "sub", other):
         path.mkdir(parents=True)
-    texts = {folder / ".git" / "hooks" / "sample": "hidden", folder / ".hidden": "hidden", folder / "sub" / "b": "two",
+    texts = {folder / ".git" / "hooks" / "sample": "hidden",
+             folder / ".hidden": "hidden", folder / "sub" / "b": "two",
              folder / "a.txt": "\ufeffone \ufeff", folder / "blank": " \n", other / "c.md": "three"}
     for path, text in texts.items():
         path.write_text(text, "utf-8")
@@ -69,7 +71,8 @@ def test_nothing_left_is_an_error_that_says_why(tmp_path):
     assert_refused(call(C, folder), "no text was found", ".gz")
     for name in ("a.gz", "b.zst"):
         (folder / name).write_bytes(b"\x1f\x8b\x08\x00\xff")
-    assert_refused(call(C, folder), "2 of 2 files were left out: 2 not UTF-8 text, e.g. a.gz", "unpack .gz")
+    assert_refused(call(C, folder),
+                   "2 of 2 files were left out: 2 not UTF-8 text, e.g. a.gz", "unpack .gz")
     assert_refused(call(C, folder / "a.gz"), "1 of 1 files")
     assert_refused(call(C, tmp_path / "absent"), "no such file or folder")
     assert os.listdir(tmp_path / "cache") == []               # nothing half-written stays
@@ -77,7 +80,8 @@ def test_nothing_left_is_an_error_that_says_why(tmp_path):
 
 def test_every_name_has_a_split_and_a_printed_form(tmp_path, toy_tokenizer, capsys):
     name = os.fsdecode(b"caf\xe9.txt")
-    assert split_of(name) in SPLITS and split_of("caf\u00e9.txt") == split_of("caf\u00e9.txt".encode())
+    assert (split_of(name) in SPLITS
+            and split_of("caf\u00e9.txt") == split_of("caf\u00e9.txt".encode()))
     assert C.left_out([(name, "cannot be read")], 3).endswith("e.g. caf\\xe9.txt")
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -98,12 +102,15 @@ def test_every_name_has_a_split_and_a_printed_form(tmp_path, toy_tokenizer, caps
 
 @pytest.mark.parametrize("piece", [7, 90, 3000])
 def test_a_cut_changes_no_id(tmp_path, monkeypatch, toy_tokenizer, piece):
-    """Where a text is cut, and that the ids are those of the whole: hard text, and prose without a line end."""
+    """Where a text is cut, and that the ids are those of the whole: hard text, and prose without a
+    line end."""
     monkeypatch.setattr(C, "PIECE", piece)
-    signs = [*"ab Z9\n\n  \t\r.'-é漢。\u0301\u3000\u2003\u0085\x1c\U0001f600s", "<|endoftext|>", "   ", "'s", " the", "\r\n"]
+    signs = [*"ab Z9\n\n  \t\r.'-é漢。\u0301\u3000\u2003\u0085\x1c\U0001f600s",
+             "<|endoftext|>", "   ", "'s", " the", "\r\n"]
     generator = np.random.default_rng(0)
     texts = ["".join(generator.choice(signs, 2000)) for _ in range(8)]
-    texts += ["word of prose, " * 600, "漢字" * 3000, (ROOT / "model.py").read_text("utf-8")[:20000]]
+    texts += ["word of prose, " * 600, "漢字" * 3000,
+              (ROOT / "model.py").read_text("utf-8")[:20000]]
     for i, text in enumerate(texts):
         (tmp_path / f"{i}").write_bytes(text.encode())
         pieces = coded(tmp_path / f"{i}", toy_tokenizer)
@@ -113,7 +120,8 @@ def test_a_cut_changes_no_id(tmp_path, monkeypatch, toy_tokenizer, piece):
 
 
 def test_lines_of_jsonl_are_documents(tmp_path, monkeypatch, toy_tokenizer):
-    """Each in its split by its text, whatever the pieces; blank ones are dropped, a bad line is named."""
+    """Each in its split by its text, whatever the pieces; blank ones are dropped, a bad line is
+    named."""
     texts = [f"line {i}\nof é <|endoftext|> " for i in range(100)]
     lines = [json.dumps({"text": text, "meta": {}}) for text in texts]
     lines[50:50] = ["", json.dumps({"text": " "})]
@@ -127,7 +135,8 @@ def test_lines_of_jsonl_are_documents(tmp_path, monkeypatch, toy_tokenizer):
         monkeypatch.setattr(C, "FORMAT", piece)               # not from the cache
         streams = C.read_corpus(str(path), toy_tokenizer)
         assert {split: stream.tolist() for split, stream in streams.items()} == expected
-    for bad in ('{"text": 1}', '{"words": "x"}', '["text"]', "braces {", "[" * 100000, '{"text": "\xff"}', '"text"'):
+    for bad in ('{"text": 1}', '{"words": "x"}', '["text"]', "braces {", "[" * 100000,
+                '{"text": "\xff"}', '"text"'):
         path.write_bytes("\n".join([*lines[:70], bad, *lines[70:]]).encode("latin-1"))
         assert_refused(call(C, path), f"{path}, line 71:", "text")
 
@@ -141,9 +150,12 @@ def test_processes_give_the_same_in_the_same_order(tmp_path, monkeypatch, toy_to
 def test_a_bad_byte_late_in_a_large_text_leaves_it_out(tmp_path, monkeypatch, toy_tokenizer):
     monkeypatch.setattr(C, "PIECE", 200)
     (tmp_path / "texts").mkdir()
-    for name, text in {"a": "first " * 50, "b": "bad " * 500 + "\udcff" + " end" * 500, "c": "last " * 50}.items():
+    for name, text in {"a": "first " * 50,
+                       "b": "bad " * 500 + "\udcff" + " end" * 500,
+                       "c": "last " * 50}.items():
         (tmp_path / "texts" / name).write_bytes(os.fsencode(text))
-    expected = [*toy_tokenizer.encode("first " * 50), toy_tokenizer.end, *toy_tokenizer.encode("last " * 50)]
+    expected = [*toy_tokenizer.encode("first " * 50), toy_tokenizer.end,
+                *toy_tokenizer.encode("last " * 50)]
     assert ids_of(tmp_path / "texts", toy_tokenizer) == [*expected, toy_tokenizer.end]
 
 
@@ -255,11 +267,15 @@ def test_train_on_a_corpus_that_takes_processes(tmp_path, cache):
         for i in range(400):
             file.write(json.dumps({"text": f"{i} {text}"}) + "\n")
     save_model(tmp_path / "small", tiny(vocab_size=2048), Tokenizer.load(TOY).spec)
-    options = ("--model", tmp_path / "small", "--steps", 1, "--batch", 1, "--length", 32, "--out", tmp_path / "run")
-    status, printed, errors = run("train.py", "--data", tmp_path / "my.jsonl", *options, NANOEXIT_CACHE=str(cache))
+    options = ("--model", tmp_path / "small", "--steps", 1, "--batch", 1, "--length", 32,
+               "--out", tmp_path / "run")
+    status, printed, errors = run("train.py", "--data", tmp_path / "my.jsonl", *options,
+                                  NANOEXIT_CACHE=str(cache))
     assert status == 0 and "left out" not in printed, errors
     folder, = cache.iterdir()
-    status, printed, _ = run("-m", "appendix.corpus", tmp_path / "my.jsonl", "--processes", 1, NANOEXIT_CACHE=str(tmp_path / "other"))
+    status, printed, _ = run("-m", "appendix.corpus", tmp_path / "my.jsonl", "--processes", 1,
+                             NANOEXIT_CACHE=str(tmp_path / "other"))
     assert status == 0
     for name in ("train.bin", "test.bin"):
-        assert (folder / name).read_bytes() == (tmp_path / "other" / folder.name / name).read_bytes()
+        assert ((folder / name).read_bytes()
+                == (tmp_path / "other" / folder.name / name).read_bytes())

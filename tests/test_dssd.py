@@ -1,4 +1,5 @@
-"""Chapter 5: DSSD equals its definition and plain decoding, nothing twice, exact sampling, the accounts."""
+"""Chapter 5: DSSD equals its definition and plain decoding, nothing twice, exact sampling, the
+accounts."""
 import math
 import os
 import random
@@ -9,7 +10,8 @@ import torch
 
 import dssd as D
 from conftest import assert_refused, call, run, shaken, tiny
-from dssd import DSSD, AutoDSSD, ByGain, Costs, EarlyExit, LayerSkip, Plain, by_definition, generate, summarize
+from dssd import (DSSD, AutoDSSD, ByGain, Costs, EarlyExit, LayerSkip, Plain, by_definition,
+                  generate, summarize)
 from heads import KINDS, ExitHeads
 from model import InputError, sample
 
@@ -21,7 +23,8 @@ def random_thresholds(rnd, n, low=0.0, high=4.0):
 
 
 def silence(model, blocks):
-    """Make deep blocks add nothing, so that a shallower depth knows all that the full model knows."""
+    """Make deep blocks add nothing, so that a shallower depth knows all that the full model knows.
+    """
     for i in blocks:
         for linear in (model.layers[i].attention.dense, model.layers[i].mlp.dense_4h_to_h):
             linear.weight.zero_(), linear.bias.zero_()
@@ -48,7 +51,7 @@ class Counted:
         del self.model.run
 
 
-# ---------------------------------------------------------------- the definition, and plain decoding
+# --------------------------------------------------------------- the definition, and plain decoding
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,7 +64,8 @@ def test_dssd_equals_its_definition(kind, measure, cases):
     for case in range(cases):
         model = tiny(case, vocab_size=24)
         if case % 2 == 0:
-            silence(model, (2, 3))                                        # then many drafts are right
+            # then many drafts are right
+            silence(model, (2, 3))
         heads = shaken(model, kind=kind, measure=measure)
         ids = [rnd.randrange(24) for _ in range(rnd.choice((1, 5, 30, 58, 64)))]
         n, stop = rnd.choice((1, 7, 12, 20)), rnd.choice((None, rnd.randrange(24)))
@@ -70,7 +74,8 @@ def test_dssd_equals_its_definition(kind, measure, cases):
             policy = LayerSkip(heads, rnd.choice((1, 2, 3)), rnd.randint(1, 8))
         tokens, depths, rounds = by_definition(model, ids, n, policy, stop)
         out = generate(model, ids, n, policy, stop=stop)
-        assert (out.tokens, out.depths, out.log.rounds) == (tokens, depths, rounds), (case, policy.thresholds)
+        assert (out.tokens, out.depths, out.log.rounds) == (tokens, depths, rounds), (
+            case, policy.thresholds)
         s = summarize(policy, [out])
         assert s.drafted == sum(d for d, _ in rounds) and s.accepted == sum(k for _, k in rounds)
         assert s.draft_lengths == Counter(d for d, _ in rounds)
@@ -86,7 +91,8 @@ def test_plain_equals_the_reference_loop():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trials", [4, pytest.param(12, marks=pytest.mark.slow)])
 def test_lossless_and_nothing_computed_twice(kind, trials):
-    """Against plain decoding on random models. A block is computed again only where a draft was rejected."""
+    """Against plain decoding on random models. A block is computed again only where a draft was
+    rejected."""
     rnd = random.Random(2)
     for trial in range(trials):
         model = tiny(trial, vocab_size=24)
@@ -104,7 +110,8 @@ def test_lossless_and_nothing_computed_twice(kind, trials):
             by_log = Counter()
             for first, end, start, last in out.log.passes:
                 by_log.update((p, b) for p in range(first, end) for b in range(start, last))
-            assert counted.times == by_log                                # the log tells what was run
+            # the log tells what was run
+            assert counted.times == by_log
             # position by position: how often a token there was rejected and replaced
             again, at = Counter(), len(ids)
             for drafts, kept in out.log.rounds:
@@ -118,7 +125,8 @@ def test_lossless_and_nothing_computed_twice(kind, trials):
 
 
 def check_on_the_toy(model, heads, prompts, new, seed=3):
-    """Random settings, prompts up to the end of the context, and stop tokens: the text is Plain's."""
+    """Random settings, prompts up to the end of the context, and stop tokens: the text is Plain's.
+    """
     rnd, accepted = random.Random(seed), 0
     for i, ids in enumerate(prompts):
         ids = ids[:rnd.choice((1, 8, 64))]
@@ -127,9 +135,11 @@ def check_on_the_toy(model, heads, prompts, new, seed=3):
         chosen = heads[i % 2]
         plain = generate(model, ids, new, Plain()).tokens
         assert len(plain) == min(new, 2048 - len(ids) + 1)
-        stop = rnd.choice(plain) if i % 7 == 0 else None                  # it then ends the text, often in a draft
+        # it then ends the text, often in a draft
+        stop = rnd.choice(plain) if i % 7 == 0 else None
         low, high = (0.0, 4.0) if chosen.measure == "entropy" else (-1.0, 0.0)
-        policy = DSSD(chosen, random_thresholds(rnd, len(chosen.layers), low, high), rnd.randint(1, 16))
+        policy = DSSD(chosen, random_thresholds(rnd, len(chosen.layers), low, high),
+                      rnd.randint(1, 16))
         if i % 5 == 4:
             policy = LayerSkip(chosen, rnd.choice(chosen.layers), rnd.randint(1, 16))
         out = generate(model, ids, new, policy, stop=stop)
@@ -154,7 +164,8 @@ def test_lossless_on_fifty_prompts_of_the_toy(toy, paper_heads, fast_heads, prom
 
 
 def test_cache_after_rejections_equals_a_fresh_one(monkeypatch):
-    """After a generation: keys, values, and what a block head has read, beside a fresh cache over the same text."""
+    """After a generation: keys, values, and what a block head has read, beside a fresh cache over
+    the same text."""
     frontiers = []
 
     class Kept(D.Frontier):
@@ -166,7 +177,8 @@ def test_cache_after_rejections_equals_a_fresh_one(monkeypatch):
     rnd = random.Random(4)
     for trial in range(8):
         model = tiny(trial, vocab_size=24)
-        heads, ids = shaken(model, kind="block" if trial % 2 else "linear"), [rnd.randrange(24) for _ in range(6)]
+        heads, ids = (shaken(model, kind="block" if trial % 2 else "linear"),
+                      [rnd.randrange(24) for _ in range(6)])
         policy = DSSD(heads, [2.5, None, 3.0], rnd.randint(1, 6))
         text = ids + generate(model, ids, 30, policy).tokens
         f, fresh = frontiers[-1], model.new_cache(1, 64)
@@ -176,7 +188,8 @@ def test_cache_after_rejections_equals_a_fresh_one(monkeypatch):
                 if cache is not None:
                     known, own = cache.length[0], head.new_cache(1, 64)
                     head.body(model.hidden_states(torch.tensor([text[:known]]), (layer,))[0], own)
-                    assert torch.allclose(own.kv[..., :known, :], cache.kv[..., :known, :], atol=1e-4)
+                    assert torch.allclose(own.kv[..., :known, :], cache.kv[..., :known, :],
+                                          atol=1e-4)
                     assert 0 < known <= n
             model.run(model.embed(torch.tensor([text[:n]])), 0, 4, fresh)
         assert f.cache.length == [n] * 4
@@ -186,7 +199,8 @@ def test_cache_after_rejections_equals_a_fresh_one(monkeypatch):
 def test_unconsulted_heads_are_never_evaluated(monkeypatch):
     model = tiny()
     heads = shaken(model)
-    monkeypatch.setattr(heads.heads[1], "body", lambda *a: pytest.fail("a head with threshold None was asked"))
+    monkeypatch.setattr(heads.heads[1], "body",
+                        lambda *a: pytest.fail("a head with threshold None was asked"))
     generate(model, [1, 2, 3], 30, DSSD(heads, [2.0, None, math.inf]))
     policy = DSSD(heads, [None, None, None])
     out = generate(model, [1, 2, 3], 30, policy)
@@ -200,7 +214,8 @@ def test_always_certain_counts_by_hand():
     s = summarize(policy, [generate(model, [1, 2, 3], 21, policy)])
     assert s.rounds == sum(s.draft_lengths.values()) and s.emitted == 21
     assert s.tau == pytest.approx(20 / s.rounds)
-    assert s.accepted + s.rounds == 20                                    # each round: its drafts, and one of the full model
+    # each round: its drafts, and one of the full model
+    assert s.accepted + s.rounds == 20
     assert s.wasted == s.drafted - s.accepted
     assert s.layers_per_token == pytest.approx(4 + 4 * s.wasted / 20)
 
@@ -221,7 +236,8 @@ def test_a_summary_adds_generations_up():
     for name in ("emitted", "drafted", "accepted", "wasted", "rounds", "prefill_seconds"):
         assert getattr(all_, name) == pytest.approx(sum(getattr(s, name) for s in each))
     assert all_.layers_per_token == pytest.approx(sum(s.layers_per_token for s in each) / 3)
-    assert math.isnan(summarize(Plain(), runs[:0]).tau) and math.isnan(summarize(Plain(), runs[:0]).acceptance)
+    assert (math.isnan(summarize(Plain(), runs[:0]).tau)
+            and math.isnan(summarize(Plain(), runs[:0]).acceptance))
 
 
 # ---------------------------------------------------------------- drafts where they pay
@@ -323,7 +339,8 @@ def test_early_exit_exact_equals_recomputing_with_full_prefixes():
         full, hidden = model(torch.tensor([text]), exits=heads.layers)
         say = [(n, z[0, -1]) for n, z, t in zip(heads.layers, heads.logits(hidden), thresholds)
                if D.MEASURES["entropy"](z[0, -1]) < t]
-        n, z = say[0] if say and i else (4, full[0, -1])                  # the prefill's token is the full model's
+        # the prefill's token is the full model's
+        n, z = say[0] if say and i else (4, full[0, -1])
         assert (token, depth) == (z.argmax().item(), n)
         text.append(token)
     assert 0 < summarize(policy, [out]).layers_per_token < 4
@@ -359,14 +376,17 @@ def exact_joint(model, ids, temperature, top_p, n=3):
     return paths
 
 
-DRAWS = int(os.environ.get("NANOEXIT_DRAWS", 200))                       # per case; CI takes 10,000 in all
+# per case; CI takes 10,000 in all
+DRAWS = int(os.environ.get("NANOEXIT_DRAWS", 200))
 
 
 def chi_square(model, policy, temperature, top_p, draws=DRAWS):
-    """The statistic of `draws` generations against the exact joint of 3 tokens, as a normal deviate."""
+    """The statistic of `draws` generations against the exact joint of 3 tokens, as a normal
+    deviate."""
     torch.manual_seed(0)
     want, seen = exact_joint(model, [1, 2], temperature, top_p), Counter()
-    for i in range(draws):                                                # the fourth token lets the third be a draft
+    # the fourth token lets the third be a draft
+    for i in range(draws):
         out = generate(model, [1, 2], 4, policy, temperature=temperature, top_p=top_p, seed=i)
         seen[tuple(out.tokens[:3])] += 1
     assert all(want[path] > 0 for path in seen)
@@ -380,7 +400,8 @@ def chi_square(model, policy, temperature, top_p, draws=DRAWS):
 
 
 def small(kind="linear"):
-    model = tiny(vocab_size=4, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+    model = tiny(vocab_size=4, hidden_size=16, intermediate_size=32,
+                 num_hidden_layers=3, num_attention_heads=2)
     return model, shaken(model, [1, 2], kind)
 
 
@@ -420,7 +441,8 @@ def test_a_wrong_accept_rule_fails_the_same_test(monkeypatch, wrong, draws):
 
 def test_sampling_is_reproducible_and_top_p_is_the_nucleus():
     model, heads = small()
-    runs = [generate(model, [1], 20, DSSD(heads, [1.0, 1.0]), temperature=1.0, seed=s).tokens for s in (7, 7, 8)]
+    runs = [generate(model, [1], 20, DSSD(heads, [1.0, 1.0]), temperature=1.0, seed=s).tokens
+            for s in (7, 7, 8)]
     assert runs[0] == runs[1] != runs[2]
     p = D.distribution(torch.tensor([0.5, 0.3, 0.15, 0.05]).log(), 1.0, 0.7)
     assert torch.allclose(p, torch.tensor([0.625, 0.375, 0, 0]))
@@ -435,19 +457,23 @@ def test_bad_requests():
     strange = shaken(model, measure="mood")
     for ids, n, policy, options, words in (
             ([], 5, Plain(), {}, "empty"), ([1] * 65, 5, Plain(), {}, "the context holds 64"),
-            ([1], 0, Plain(), {}, "at least 1"), ([1], 5, DSSD(heads, [1.0]), {}, "1 thresholds were given for 3 heads"),
-            ([1], 5, Plain(), {"temperature": -1}, "temperature"), ([1], 5, Plain(), {"top_p": 0}, "top_p"),
+            ([1], 0, Plain(), {}, "at least 1"),
+            ([1], 5, DSSD(heads, [1.0]), {}, "1 thresholds were given for 3 heads"),
+            ([1], 5, Plain(), {"temperature": -1}, "temperature"),
+            ([1], 5, Plain(), {"top_p": 0}, "top_p"),
             ([1], 5, DSSD(strange, [1.0] * 3), {}, "'mood' is not one of entropy")):
         with pytest.raises(InputError, match=words):
             generate(model, ids, n, policy, **options)
-    for make in (lambda: LayerSkip(heads, 5, 2), lambda: LayerSkip(heads, 1, 0), lambda: DSSD(heads, [1] * 3, 0),
+    for make in (lambda: LayerSkip(heads, 5, 2), lambda: LayerSkip(heads, 1, 0),
+                 lambda: DSSD(heads, [1] * 3, 0),
                  lambda: EarlyExit(heads, [1] * 3, "guess")):
         with pytest.raises(InputError):
             make()
 
 
 def test_the_stream_is_coloured_on_a_terminal_only(toy_tokenizer, monkeypatch, capsys):
-    pairs = [(toy_tokenizer.encode("def")[0], 4), (toy_tokenizer.encode("\u00e9")[0], 16), (toy_tokenizer.end, 16)]
+    pairs = [(toy_tokenizer.encode("def")[0], 4), (toy_tokenizer.encode("\u00e9")[0], 16),
+             (toy_tokenizer.end, 16)]
     monkeypatch.setattr(D.sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert D.show_stream(toy_tokenizer, pairs, 16) == pairs
@@ -464,8 +490,10 @@ def test_command_line(tmp_path):
     status, out, errors = call(D, "--prompts", 1, "--max-new-tokens", 8, "--level", "0.9",
                                "--figure", tmp_path / "tokens.png")
     assert status == 0, errors
-    assert "\033" not in out and "LayerSkip 4x8" in out and (tmp_path / "tokens.png").stat().st_size > 3000
-    rows = [line.split() for line in out.splitlines() if line.startswith(("DSSD,", "DSSD ", "LayerSkip"))]
+    assert ("\033" not in out and "LayerSkip 4x8" in out
+            and (tmp_path / "tokens.png").stat().st_size > 3000)
+    rows = [line.split() for line in out.splitlines()
+            if line.startswith(("DSSD,", "DSSD ", "LayerSkip"))]
     assert len(rows) == 4 + 9 and all(row[-1] == "100%" for row in rows)  # the same text as Plain
     assert_refused(run("dssd.py", "--level", "high"), "argument --level", "'high'")
     assert_refused(call(D, "--level", "0.4"), "not calibrated for level 0.4")

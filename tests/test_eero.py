@@ -626,4 +626,5 @@ def test_tokens_on_the_toy_at_full_size():
         rows.append([float(cell.rstrip("%")) for cell in line.split()])
     assert all(abs(corrected - budget) < 0.1 * budget for budget, _, corrected, _, _ in rows)
     worst = [max(abs(row[c] / row[0] - 1) for row in rows) for c in (1, 2)]
-    assert worst[1] < worst[0]                                 # the correction helps the worst budget
+    # the correction helps the worst budget
+    assert worst[1] < worst[0]

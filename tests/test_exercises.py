@@ -1,4 +1,5 @@
-"""The course: what it names exists, every exercise has its folded answer, and the answers are code."""
+"""The course: what it names exists, every exercise has its folded answer, and the answers are code.
+"""
 import importlib
 import re
 
@@ -60,7 +61,8 @@ def test_the_answers_compile_and_are_short():
 
 
 def test_the_change_to_a_chapter_still_fits_it():
-    """The lines around the veto stand in dssd.py, once and together, and with it the chapter compiles."""
+    """The lines around the veto stand in dssd.py, once and together, and with it the chapter
+    compiles."""
     lines = blocks(PAGE, "diff")[0].splitlines()
     old = "\n".join(line[1:] for line in lines if line[0] == " ")
     new = "\n".join(line[1:] for line in lines)

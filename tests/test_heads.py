@@ -1,4 +1,5 @@
-"""Chapter 2: heads, their files, the loss against a direct computation, and text the model writes itself."""
+"""Chapter 2: heads, their files, the loss against a direct computation, and text the model writes
+itself."""
 import json
 import random
 
@@ -11,7 +12,8 @@ import heads as H
 from confidence import MEASURES
 from conftest import TOY, assert_refused, call, run, shaken, tiny
 from dssd import DSSD, generate
-from heads import KINDS, ExitHeads, distill_in_chunks, distill_loss, evaluate, fingerprint, hard, kl, self_text, topk_kl
+from heads import (KINDS, ExitHeads, distill_in_chunks, distill_loss, evaluate, fingerprint, hard,
+                   kl, self_text, topk_kl)
 from model import InputError
 from test_model import mutated, used_or_refused
 
@@ -23,7 +25,8 @@ def test_lens_start_is_the_models_own_exit():
     for kind in ("linear", "mlp", "tied", "lowrank"):
         for z, h in zip(ExitHeads(model, [1, 3], kind).logits(hidden), hidden):
             assert torch.allclose(z, model.unembed(h), atol=1e-5)
-    block = ExitHeads(model, [3], "block")                                # starts as the next block: here the last one
+    # starts as the next block: here the last one
+    block = ExitHeads(model, [3], "block")
     assert torch.allclose(block.logits(hidden[1:])[0], model(ids)[0], atol=1e-4)
     random_start = ExitHeads(model, [1, 3], "linear", start="random")
     assert not torch.allclose(random_start.logits(hidden)[0], model.unembed(hidden[0]), atol=0.1)
@@ -42,10 +45,12 @@ def test_block_head_cached_equals_uncached():
 
 
 def test_cost_in_block_equivalents():
-    model = tiny()                                                        # D 32, V 96: a block has 12 D^2 weights in matrices
+    # D 32, V 96: a block has 12 D^2 weights in matrices
+    model = tiny()
     cost = {kind: ExitHeads(model, [2], kind).heads[0].cost() for kind in KINDS}
     unembed = 96 * 32 / (12 * 32 * 32)
-    assert cost == pytest.approx({"linear": unembed, "tied": unembed, "mlp": unembed + 2 / 12, "block": unembed + 13 / 12,
+    assert cost == pytest.approx({"linear": unembed, "tied": unembed,
+                                  "mlp": unembed + 2 / 12, "block": unembed + 13 / 12,
                                   "lowrank": unembed + 2 * 32 * 4 / (12 * 32 * 32)})
     assert model.config.full_cost == pytest.approx(4 + unembed)
 
@@ -73,9 +78,11 @@ def direct_hard(full, head, weight=0.1):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("loss, direct", [(kl, direct_kl), (topk_kl, direct_topk), (hard, direct_hard)])
+@pytest.mark.parametrize("loss, direct", [
+    (kl, direct_kl), (topk_kl, direct_topk), (hard, direct_hard)])
 def test_chunked_loss_and_gradients_equal_direct_autograd(kind, loss, direct, monkeypatch):
-    monkeypatch.setattr(H, "rows_at_once", lambda width, device: 3)       # the gradient of three rows at a time
+    # the gradient of three rows at a time
+    monkeypatch.setattr(H, "rows_at_once", lambda width, device: 3)
     model, ids = tiny(), torch.randint(0, 96, (2, 13))
     chunked, plain = shaken(model, kind=kind), shaken(model, kind=kind)
     *hidden, last = model.hidden_states(ids, (1, 2, 3, 4))
@@ -84,7 +91,8 @@ def test_chunked_loss_and_gradients_equal_direct_autograd(kind, loss, direct, mo
     wants = [direct(full, z.flatten(0, 1)) for z in plain.logits(hidden)]
     sum(wants).backward()
     assert torch.allclose(total, torch.stack(wants).float().detach(), atol=1e-5)
-    defined = shaken(model, kind=kind)                                    # the definition has the same gradients
+    # the definition has the same gradients
+    defined = shaken(model, kind=kind)
     losses = distill_loss(defined, hidden, last, loss)
     losses.sum().backward()
     assert torch.allclose(losses.detach(), total, atol=1e-5)
@@ -92,7 +100,8 @@ def test_chunked_loss_and_gradients_equal_direct_autograd(kind, loss, direct, mo
         assert torch.allclose(a.grad, b.grad, atol=1e-5), name
     for (name, a), (_, b) in zip(chunked.named_parameters(), plain.named_parameters()):
         assert torch.allclose(a.grad, b.grad, atol=1e-5), name
-    assert all(p.grad is None for p in model.parameters())                # the backbone is never touched
+    # the backbone is never touched
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 26, 1000])
@@ -100,7 +109,8 @@ def test_chunks_do_not_change_the_loss(chunk):
     model, ids = tiny(), torch.randint(0, 96, (2, 13))
     heads = shaken(model)
     *hidden, last = model.hidden_states(ids, (1, 2, 3, 4))
-    assert torch.allclose(distill_in_chunks(heads, hidden, last, chunk=chunk), distill_loss(heads, hidden, last), atol=1e-5)
+    assert torch.allclose(distill_in_chunks(heads, hidden, last, chunk=chunk),
+                          distill_loss(heads, hidden, last), atol=1e-5)
 
 
 def test_loss_is_zero_only_for_the_full_models_own_distribution():
@@ -117,7 +127,8 @@ def test_float32_heads_learn_on_a_half_precision_backbone(kind):
         heads = shaken(model, kind=kind).float()
         *hidden, last = model.hidden_states(ids, (1, 2, 3, 4))
         losses.append(distill_in_chunks(heads, hidden, last))
-        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in heads.parameters())
+        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+                   for p in heads.parameters())
     assert torch.allclose(*losses, rtol=0.1)
 
 
@@ -142,7 +153,8 @@ def test_self_text_is_greedy_where_asked_and_follows_the_prefix():
     model = tiny()
     prefixes = torch.randint(0, 96, (4, 5))
     ids = self_text(model, prefixes, 20, temperatures=(0.0, 1.0), seed=1)
-    assert torch.equal(ids[:, :5], prefixes) and torch.equal(ids, self_text(model, prefixes, 20, (0.0, 1.0), seed=1))
+    assert (torch.equal(ids[:, :5], prefixes)
+            and torch.equal(ids, self_text(model, prefixes, 20, (0.0, 1.0), seed=1)))
     choice = model(ids[:, :-1])[0].argmax(-1)[:, 4:]
     assert torch.equal(choice[::2], ids[::2, 5:]) and not torch.equal(choice[1::2], ids[1::2, 5:])
 
@@ -152,7 +164,8 @@ def test_sampled_self_text_has_the_models_distribution():
     first = self_text(model, torch.full((20000, 1), 3), 2, temperatures=(1.0,))[:, 1]
     want = model(torch.tensor([[3]]))[0][0, 0].softmax(-1)
     chi2 = ((first.bincount(minlength=8) - 20000 * want) ** 2 / (20000 * want))[want > 1e-3].sum()
-    assert chi2 < 24.3                                                    # 0.1 % point at 7 degrees of freedom
+    # 0.1 % point at 7 degrees of freedom
+    assert chi2 < 24.3
 
 
 # ---------------------------------------------------------------- files
@@ -196,39 +209,50 @@ def test_fingerprint_survives_dtypes_and_tells_backbones_apart():
 
 
 def test_the_fingerprint_is_of_values_and_of_every_tensor():
-    model = tiny(vocab_size=2000, hidden_size=64)                         # tensors of more than 256 values among them
+    # tensors of more than 256 values among them
+    model = tiny(vocab_size=2000, hidden_size=64)
     name = fingerprint(model)
     model.config.rotary_emb_base, model.config.use_parallel_residual = 10000.0, 1
     assert fingerprint(model) == name
     for _, p in model.named_parameters():
         before = p.clone()
-        for part in (slice(None), slice(len(p) // 2, None)):              # fine-tuned, and in its second half only
+        # fine-tuned, and in its second half only
+        for part in (slice(None), slice(len(p) // 2, None)):
             p[part] += 0.1
             assert fingerprint(model) != name
             p.copy_(before)
     assert fingerprint(model) == name
-    for field, value in (("rotary_emb_base", 10001), ("layer_norm_eps", 1e-6), ("use_parallel_residual", False)):
+    for field, value in (("rotary_emb_base", 10001), ("layer_norm_eps", 1e-6),
+                         ("use_parallel_residual", False)):
         assert fingerprint(tiny(vocab_size=2000, hidden_size=64, **{field: value})) != name
 
 
 def said(model, **changes):
     """The metadata of a heads file for tiny(), with something changed."""
     rows = {"0.90": [0.5, None, 1.25], "0.95": [0, None, None]}
-    info = {"kind": "linear", "layers": [1, 2, 3], "measure": "margin", "calibration": rows, "backbone": fingerprint(model)}
+    info = {"kind": "linear", "layers": [1, 2, 3], "measure": "margin", "calibration": rows,
+            "backbone": fingerprint(model)}
     return {**info, **changes}
 
 
 def write_heads(path, model, info):
     tensors = {name: p.half() for name, p in shaken(model).named_parameters()}
-    save_file(tensors, path, metadata={"nanoexit": info if isinstance(info, str) else json.dumps(info)})
+    save_file(tensors, path,
+              metadata={"nanoexit": info if isinstance(info, str) else json.dumps(info)})
 
 
 @pytest.mark.parametrize("changes, named", [
-    ({"layers": ["1", "2", "3"]}, "increasing whole numbers"), ({"layers": [1.0, 2, 3]}, "whole numbers"),
-    ({"layers": "123"}, "no exit heads"), ({"calibration": None}, "no exit heads"), ({"measure": "nosuch"}, "measure is 'nosuch'"),
-    ({"calibration": {"0.90": ["a", None, 1]}}, "level '0.90': threshold 0 is 'a'"), ({"kind": ["linear"]}, "no exit heads"),
-    ({"calibration": {"0.90": [0.1, float("nan"), None]}}, "threshold 1 is nan"), ({"kind": "nosuch"}, "kind is 'nosuch'"),
-    ({"calibration": {"0.90": [0.1]}}, "'0.90' is no threshold per exit"), ({"calibration": {"0.90": None}}, "per exit"),
+    ({"layers": ["1", "2", "3"]}, "increasing whole numbers"),
+    ({"layers": [1.0, 2, 3]}, "whole numbers"),
+    ({"layers": "123"}, "no exit heads"),
+    ({"calibration": None}, "no exit heads"),
+    ({"measure": "nosuch"}, "measure is 'nosuch'"),
+    ({"calibration": {"0.90": ["a", None, 1]}}, "level '0.90': threshold 0 is 'a'"),
+    ({"kind": ["linear"]}, "no exit heads"),
+    ({"calibration": {"0.90": [0.1, float("nan"), None]}}, "threshold 1 is nan"),
+    ({"kind": "nosuch"}, "kind is 'nosuch'"),
+    ({"calibration": {"0.90": [0.1]}}, "'0.90' is no threshold per exit"),
+    ({"calibration": {"0.90": None}}, "per exit"),
     ({"backbone": None}, "no exit heads"), ({"backbone": "x" * 10 ** 6}, "another backbone")])
 def test_what_a_heads_file_says_of_itself_is_checked(tmp_path, changes, named):
     model = tiny()
@@ -293,10 +317,11 @@ def test_command_line(tmp_path):
     assert "cost (blocks)" in out and (tmp_path / "lens.png").stat().st_size > 10000
 
 
-# ---------------------------------------------------------------- one evaluation, one measuring text
+# --------------------------------------------------------------- one evaluation, one measuring text
 
 
-@pytest.mark.parametrize("rows", [1, 10, 1000])                           # one row at a time; some; all
+# one row at a time; some; all
+@pytest.mark.parametrize("rows", [1, 10, 1000])
 def test_evaluate_equals_a_direct_computation(rows, monkeypatch):
     monkeypatch.setattr(H, "rows_at_once", lambda width, device: rows)
     model = tiny()
@@ -309,12 +334,14 @@ def test_evaluate_equals_a_direct_computation(rows, monkeypatch):
         entropy = -(q * q.log()).sum(-1).flatten()
         top = q.topk(2).values
         assert torch.allclose(torch.tensor(found.uncertainty["entropy"][:, m]), entropy, atol=1e-4)
-        assert torch.allclose(torch.tensor(found.uncertainty["margin"][:, m]), (top[..., 1] - top[..., 0]).flatten(), atol=1e-5)
+        assert torch.allclose(torch.tensor(found.uncertainty["margin"][:, m]),
+                              (top[..., 1] - top[..., 0]).flatten(), atol=1e-5)
         assert found.choice[:, m].tolist() == guess.tolist()
         assert found.agree[:, m].tolist() == (guess == choice).tolist()
         assert found.right[:, m].tolist() == (guess == truth).tolist()
         assert found.kl[m] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), abs=1e-4)
-    assert found.choice[:, 2].tolist() == choice.tolist() and found.right[:, 2].tolist() == (choice == truth).tolist()
+    assert (found.choice[:, 2].tolist() == choice.tolist()
+            and found.right[:, 2].tolist() == (choice == truth).tolist())
     assert set(found.uncertainty) == set(MEASURES) and found.agree.shape == (80, 2)
 
 
@@ -331,7 +358,8 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_tensor_grows_with_the_vocabulary(kind, monkeypatch):
-    """200 windows of 17 tokens, V = 9,000: all logits of a head would be 29 M numbers, of 20 rows 180,000."""
+    """200 windows of 17 tokens, V = 9,000: all logits of a head would be 29 M numbers, of 20 rows
+    180,000."""
     monkeypatch.setattr(H, "rows_at_once", lambda width, device: 180_000 // width)
     model = tiny(vocab_size=9000)
     heads, ids = shaken(model, kind=kind), torch.randint(0, 9000, (200, 17))
@@ -350,19 +378,23 @@ def test_the_measuring_text_is_the_same_everywhere(toy_tokenizer):
     texts = {split: H.measuring_text(split) for split in ("calibration", "test")}
     for split, ids in texts.items():
         assert len(ids) == 65536 and 0 <= ids.min() and ids.max() < 2048
-    sums = {split: (ids * (1 + torch.arange(65536) % 97)).sum().item() for split, ids in texts.items()}
+    sums = {split: (ids * (1 + torch.arange(65536) % 97)).sum().item()
+            for split, ids in texts.items()}
     assert sums == {"calibration": 1839669029, "test": 1835595011}
     windows = H.measuring_windows("test", 4096, 512)
     assert windows.shape == (8, 512) and torch.equal(windows[0], texts["test"][:512])
-    assert H.held_out_prompts(5) == [row[:64].tolist() for row in H.measuring_windows("test", 5 * 512, 512)]
+    assert H.held_out_prompts(5) == [
+        row[:64].tolist() for row in H.measuring_windows("test", 5 * 512, 512)]
     with pytest.raises(InputError, match="room for 1024 prompts only"):
         H.held_out_prompts(1025)
 
 
 def test_the_measuring_text_for_another_tokenizer(toy_tokenizer):
-    other = type(toy_tokenizer)({**toy_tokenizer.spec, "added_tokens": toy_tokenizer.spec["added_tokens"][:2]})
+    other = type(toy_tokenizer)({**toy_tokenizer.spec,
+                                 "added_tokens": toy_tokenizer.spec["added_tokens"][:2]})
     ids = H.measuring_text("test", other)
-    assert len(ids) > 65536                                               # no tokens for runs of spaces
+    # no tokens for runs of spaces
+    assert len(ids) > 65536
     assert other.decode(ids.tolist()) == toy_tokenizer.decode(H.measuring_text("test").tolist())
 
 
@@ -371,8 +403,10 @@ def test_previous_token_attention_sees_a_head_made_for_it():
     attention = model.layers[2].attention
     before = H.previous_token_attention(model, torch.randint(0, 96, (2, 32)))
     assert len(before) == 4 and all(0 < a < 0.9 for a in before)
-    K, angle = 8, 10000 ** (-torch.arange(0, 8, 2) / 8)                    # of one position: q is k turned by it
-    attention.query_key_value.weight[:3 * K].zero_()                      # head 0: q, k and v from the bias alone
+    # of one position: q is k turned by it
+    K, angle = 8, 10000 ** (-torch.arange(0, 8, 2) / 8)
+    # head 0: q, k and v from the bias alone
+    attention.query_key_value.weight[:3 * K].zero_()
     q, k = attention.query_key_value.bias[:K], attention.query_key_value.bias[K:2 * K]
     k.fill_(12.0)
     q[:4], q[4:] = 12 * (angle.cos() + angle.sin()), 12 * (angle.cos() - angle.sin())

@@ -1,4 +1,5 @@
-"""The house: who imports whom, how wide and long code is, and that chapters run without the appendix."""
+"""The house: who imports whom, how wide and long code is, and that chapters run without the
+appendix."""
 import ast
 import importlib
 import re
@@ -9,14 +10,20 @@ import sys
 from conftest import ROOT, TOY, call
 
 CHAPTERS = ("model", "heads", "confidence", "eero", "dssd", "train", "bench")
-DOORS = {"model": set(), "confidence": set(), "eero": set(), "heads": {"model"}, "dssd": {"model", "confidence"},
-         "train": {"model", "heads", "confidence"}, "bench": {"model", "heads", "confidence", "dssd"}}
+DOORS = {"model": set(), "confidence": set(), "eero": set(),
+         "heads": {"model"}, "dssd": {"model", "confidence"},
+         "train": {"model", "heads", "confidence"},
+         "bench": {"model", "heads", "confidence", "dssd"}}
 FILES = [*(ROOT / f"{name}.py" for name in CHAPTERS), *sorted((ROOT / "appendix").glob("*.py"))]
-WIDTH, LENGTH = 100, 50                                                   # characters; lines of a function
+# characters; lines of a function
+WIDTH, LENGTH = 100, 50
 
 # What is let through, and why. Keep it short.
-FROM_A_FUNCTION = {("model", "locate", "appendix.hub"),                   # an official name is fetched by the hub
-                   ("heads", "held_out", "appendix.corpus")}              # a text of one's own is read by the corpus
+FROM_A_FUNCTION = {
+    # an official name is fetched by the hub
+    ("model", "locate", "appendix.hub"),
+    # a text of one's own is read by the corpus
+    ("heads", "held_out", "appendix.corpus")}
 LONG_FUNCTIONS = set()
 
 
@@ -36,7 +43,8 @@ def imports(path):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
             for node in ast.walk(function):
                 inside.setdefault(node, function.name)
-    for start in tree.body:                                               # if __name__ == "__main__": is main's
+    # if __name__ == "__main__": is main's
+    for start in tree.body:
         if isinstance(start, ast.If) and "__name__" in ast.unparse(start.test):
             inside.update(dict.fromkeys(ast.walk(start), "main"))
     for node in ast.walk(tree):
@@ -71,19 +79,22 @@ def test_every_file_teaches_first():
 
 
 def test_dssd_runs_in_another_project_with_four_chapters(tmp_path):
-    """model, heads, confidence and dssd, copied with the toy: DSSD runs, on the readable model, without the appendix."""
+    """model, heads, confidence and dssd, copied with the toy: DSSD runs, on the readable model,
+    without the appendix."""
     for name in ("model", "heads", "confidence", "dssd"):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     shutil.copytree(TOY, tmp_path / "toy")
     command = [sys.executable, "dssd.py", "--prompts", "1", "--max-new-tokens", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "LayerSkip 4x8" in done.stdout, done.stderr
-    done = subprocess.run([sys.executable, "model.py", "--model", "pythia-70m"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "model.py", "--model", "pythia-70m"], cwd=tmp_path,
+                          capture_output=True, text=True)
     assert done.returncode == 2 and "appendix" in done.stderr
 
 
 def commands():
-    """What follows "python" in the command lines of README.md and of the results page, in code or on lines of their own."""
+    """What follows "python" in the command lines of README.md and of the results page, in code or
+    on lines of their own."""
     found = []
     for page in ("README.md", "assets/README.md", "toy/README.md"):
         text = (ROOT / page).read_text("utf-8")
@@ -109,10 +120,12 @@ def test_the_readmes_files_exist_and_its_options_are_known():
 
 
 def test_the_map_names_what_exists():
-    """Every file, function and line count that README.md names; no page is wide, and it stays a README."""
+    """Every file, function and line count that README.md names; no page is wide, and it stays a
+    README."""
     text = (ROOT / "README.md").read_text("utf-8")
     named = re.findall(r"`((?:appendix\.)?\w+)\.(\w+)`", text)
-    named = [(module, name) for module, name in named if module.split(".")[0] in (*CHAPTERS, "appendix") and name != "py"]
+    named = [(module, name) for module, name in named
+             if module.split(".")[0] in (*CHAPTERS, "appendix") and name != "py"]
     assert len(named) >= 30
     for module, name in named:
         assert hasattr(importlib.import_module(module), name), (module, name)
@@ -120,7 +133,8 @@ def test_the_map_names_what_exists():
     assert {name for name, _ in counts} == {path.name for path in FILES} - {"__init__.py"}
     for name, count in counts:
         path = ROOT / name if (ROOT / name).exists() else ROOT / "appendix" / name
-        assert abs(len(path.read_text("utf-8").splitlines()) - int(count)) <= 0.05 * int(count), name
+        assert (abs(len(path.read_text("utf-8").splitlines()) - int(count))
+                <= 0.05 * int(count)), name
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (ROOT / link).exists(), link
     assert len(text.splitlines()) < 180

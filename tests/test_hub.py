@@ -225,14 +225,16 @@ def test_existing_hugging_face_cache_is_used(place):
 @pytest.mark.parametrize("fault", ["page", "no checksum"])
 def test_what_is_no_such_file_is_not_kept(place, name, fault):
     Hub.faults[name] = fault
-    if (name, fault) != ("model.safetensors", "no checksum"):    # a weight file says itself what it is
+    # a weight file says itself what it is
+    if (name, fault) != ("model.safetensors", "no checksum"):
         with pytest.raises(InputError, match=f"{name}: what came was deleted"):
             download("pythia-14m")
         assert not list((place / "cache").rglob(name + "*"))
     assert same_weights(Pythia.from_pretrained("pythia-14m"))    # the next run needs no help
 
 
-@pytest.mark.parametrize("name, text", [("config.json", '{"error": "log in"}'), ("tokenizer.json", "{}")])
+@pytest.mark.parametrize("name, text", [
+    ("config.json", '{"error": "log in"}'), ("tokenizer.json", "{}")])
 def test_json_of_something_else_is_not_kept(place, name, text):
     good, Hub.files[name] = Hub.files[name], text.encode()
     with pytest.raises(InputError, match="what came was deleted"):
@@ -241,11 +243,13 @@ def test_json_of_something_else_is_not_kept(place, name, text):
     download("pythia-14m")
 
 
-@pytest.mark.parametrize("shard", ["../../x.safetensors", "/tmp/x.safetensors", "x.pth", "a/x.safetensors", "..", 7,
-                                   "a\\x.safetensors", "\ud800.safetensors", None, ["x.safetensors"]])
+@pytest.mark.parametrize("shard", [
+    "../../x.safetensors", "/tmp/x.safetensors", "x.pth", "a/x.safetensors", "..", 7,
+    "a\\x.safetensors", "\ud800.safetensors", None, ["x.safetensors"]])
 def test_an_index_names_files_beside_it_only(place, shard):
     index = json.dumps({"weight_map": {"embed_out.weight": shard}})
-    Hub.files["model.safetensors.index.json"], weights = index.encode(), Hub.files.pop("model.safetensors")
+    Hub.files["model.safetensors.index.json"], weights = (
+        index.encode(), Hub.files.pop("model.safetensors"))
     Hub.files["x.safetensors"] = Hub.files["x.pth"] = weights
     before = {p for p in place.rglob("*")}
     with pytest.raises(InputError, match="is no plain name that ends in .safetensors"):
@@ -279,7 +283,8 @@ def test_a_drip_is_given_up(place, monkeypatch):
 
 def test_a_page_of_another_size_leaves_the_beginning_alone(place):
     data = Hub.files["model.safetensors"]
-    digest, Hub.files["model.safetensors"] = hashlib.sha256(data).hexdigest(), b"<html>log in</html>"
+    digest, Hub.files["model.safetensors"] = (
+        hashlib.sha256(data).hexdigest(), b"<html>log in</html>")
     (place / "f.tmp").write_bytes(data[:1000])
     Hub.faults["model.safetensors"] = "no ranges"
     with pytest.raises(InputError, match="19 bytes are offered, not"):
@@ -291,21 +296,25 @@ def test_a_page_of_another_size_leaves_the_beginning_alone(place):
 
 def test_a_redirect_leaves_https_for_nothing_else():
     follow, secure = hub.KeepHeaders().redirect_request, urllib.request.Request("https://a/f")
-    assert follow(secure, None, 302, "", {"X-Linked-Size": "5"}, "https://b/f").full_url == "https://b/f"
+    assert follow(secure, None, 302, "", {"X-Linked-Size": "5"},
+                  "https://b/f").full_url == "https://b/f"
     for place in ("http://b/f", "ftp://b/f"):
         with pytest.raises(OSError, match="from https to .* is not followed"):
             follow(secure, None, 302, "", {}, place)
-    assert follow(urllib.request.Request("http://a/f"), None, 302, "", {}, "http://b/f").full_url == "http://b/f"
+    assert follow(urllib.request.Request("http://a/f"), None, 302, "", {},
+                  "http://b/f").full_url == "http://b/f"
 
 
-# ---------------------------------------------------------------- the cache of the hub's own library
+# --------------------------------------------------------------- the cache of the hub's own library
 
 
 @pytest.mark.parametrize("settings, cache", [
     ({}, "{home}/.cache/huggingface/hub"), ({"XDG_CACHE_HOME": "~/x"}, "{home}/x/huggingface/hub"),
-    ({"HF_HOME": "~/models"}, "{home}/models/hub"), ({"HF_HOME": "$HOME/m", "XDG_CACHE_HOME": "/x"}, "{home}/m/hub"),
+    ({"HF_HOME": "~/models"}, "{home}/models/hub"),
+    ({"HF_HOME": "$HOME/m", "XDG_CACHE_HOME": "/x"}, "{home}/m/hub"),
     ({"HUGGINGFACE_HUB_CACHE": "~/h", "HF_HOME": "/x"}, "{home}/h"),
-    ({"HF_HUB_CACHE": "${{HOME}}/c", "HUGGINGFACE_HUB_CACHE": "/x"}, "{home}/c"), ({"HF_HOME": ""}, "{home}/.cache/huggingface/hub")])
+    ({"HF_HUB_CACHE": "${{HOME}}/c", "HUGGINGFACE_HUB_CACHE": "/x"}, "{home}/c"),
+    ({"HF_HOME": ""}, "{home}/.cache/huggingface/hub")])
 def test_the_cache_is_where_huggingface_hub_looks(place, monkeypatch, settings, cache):
     for name in ("HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name)
@@ -320,14 +329,16 @@ def test_offline_asks_nobody_and_names_another_revision(place, monkeypatch, caps
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         with monkeypatch.context() as patched:
             patched.setenv(name, "yes")
-            with pytest.raises(InputError, match="pythia-14m at abc123 is in no cache, and HF_HUB_OFFLINE is set$"):
+            with pytest.raises(InputError, match="pythia-14m at abc123 is in no cache, "
+                                                 "and HF_HUB_OFFLINE is set$"):
                 download("pythia-14m")
     other = place / "hf" / "hub" / "models--EleutherAI--pythia-14m" / "snapshots" / "def456"
     other.mkdir(parents=True)
     for name, data in Hub.files.items():
         (other / name).write_bytes(data)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match=f"another revision is in {other}: give this folder to use it"):
+    with pytest.raises(
+            InputError, match=f"another revision is in {other}: give this folder to use it"):
         download("pythia-14m")
     assert not Hub.log and same_weights(Pythia.from_pretrained(other))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")

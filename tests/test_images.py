@@ -161,12 +161,14 @@ def test_read_cifar(tmp_path):
             assert (y.numpy() == np.concatenate([r[0] for r in records.values()][:-1])).all()
         assert images.load_images(inner, 0).name == inner.name
         assert images.load_images(outer, 0).name == str(hundred)
-        # an empty file, one cut short, a label beyond the classes: refused by name, in any of the files
+        # an empty file, one cut short, a label beyond the classes: refused by name,
+        # in any of the files
         first = next(iter(records))
         for path in (inner / name, inner / first):
             whole = path.read_bytes()
             wrong_label = bytes([7] * hundred + [200]) + whole[1 + hundred:]
-            for content, words in ((b"", "0 bytes"), (whole[:-1], "no multiple of"), (wrong_label, "no label 200")):
+            for content, words in ((b"", "0 bytes"), (whole[:-1], "no multiple of"),
+                                   (wrong_label, "no label 200")):
                 path.write_bytes(content)
                 with pytest.raises(ValueError, match=f"{path.name}.*{words}"):
                     images.read_cifar(outer)
@@ -250,7 +252,8 @@ def png_of_16_bits(levels):
     header = struct.pack(">IIBBBBB", w, h, 16, kind, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n"
     for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")):
-        content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        content += (struct.pack(">I", len(data)) + name + data
+                    + struct.pack(">I", zlib.crc32(name + data)))
     return content
 
 
@@ -260,12 +263,14 @@ def test_16_bits_equal_8_bits_within_one_level(tmp_path):
     path.parent.mkdir()
     ramp = np.linspace(0, 65535, 32 * 32).round().reshape(32, 32)
     files = {str(n): png_of_16_bits(np.repeat(ramp[:, :, None], n, 2)) for n in (1, 2, 3, 4)}
-    for mode, kind in (("I;16", "<u2"), ("I;16B", ">u2"), ("I", np.int32)):   # Pillow's modes of 16 bits
+    # Pillow's modes of 16 bits
+    for mode, kind in (("I;16", "<u2"), ("I;16B", ">u2"), ("I", np.int32)):
         buffer = io.BytesIO()
         Image.fromarray(ramp.astype(kind)).save(buffer, "TIFF")
         files[mode] = buffer.getvalue()
         assert Image.open(buffer).mode == mode
-    expected = np.array(Image.fromarray((ramp / 256).astype(np.uint8)).convert("RGB")).transpose(2, 0, 1)
+    expected = np.array(
+        Image.fromarray((ramp / 256).astype(np.uint8)).convert("RGB")).transpose(2, 0, 1)
     for name, content in files.items():
         path.write_bytes(content)
         pixels = images.ImageFolder(tmp_path)[torch.tensor([0])][0].numpy()
@@ -276,7 +281,8 @@ def test_16_bits_equal_8_bits_within_one_level(tmp_path):
 
 
 def test_kinds_of_images_that_are_read(tmp_path):
-    """One pixel, a long line, CMYK, an animation, palettes, a photograph taken with the camera turned."""
+    """One pixel, a long line, CMYK, an animation, palettes, a photograph taken with the camera
+    turned."""
     Image = pytest.importorskip("PIL.Image")
     (tmp_path / "a").mkdir()
     red, green = Image.new("RGB", (20, 20), (255, 0, 0)), Image.new("RGB", (20, 20), (0, 255, 0))
@@ -294,7 +300,8 @@ def test_kinds_of_images_that_are_read(tmp_path):
     note[0x112] = 6
     turned.save(tmp_path / "a" / "0.jpg", exif=note)
     image = images.ImageFolder(tmp_path, 16)[torch.tensor([0])][0]
-    assert image[0, 8, 13] > 200 > 50 > image[0, 8, 2] and image[1, 8, 2] > 200 > 50 > image[1, 8, 13]
+    assert (image[0, 8, 13] > 200 > 50 > image[0, 8, 2]
+            and image[1, 8, 2] > 200 > 50 > image[1, 8, 13])
 
 
 def test_hidden_names_are_left_out_and_an_empty_class_is_said(tmp_path):
@@ -305,8 +312,10 @@ def test_hidden_names_are_left_out_and_an_empty_class_is_said(tmp_path):
         (place / "._0.png").write_bytes(b"x")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "train" / "a" / "0.png").rename(tmp_path / "elsewhere" / "0.png")
-    (tmp_path / "train" / "c").symlink_to(tmp_path / "elsewhere")   # a linked folder is a class like others
-    with pytest.raises(ValueError, match="train/a has no .jpeg"):   # only hidden files are left in it
+    # a linked folder is a class like others
+    (tmp_path / "train" / "c").symlink_to(tmp_path / "elsewhere")
+    # only hidden files are left in it
+    with pytest.raises(ValueError, match="train/a has no .jpeg"):
         images.ImageFolder(tmp_path / "train")
     write_folder(tmp_path / "train", "RGB", (16, 16), "a")
     folder = images.ImageFolder(tmp_path / "train")
@@ -324,7 +333,8 @@ def test_a_damaged_image_is_named_before_the_training(tmp_path):
     bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
     jpeg = io.BytesIO()
     Image.effect_noise((16, 16), 100).save(jpeg, "JPEG")
-    path = tmp_path / "val" / "b" / "50.png"                   # not among the first, and not for training
+    # not among the first, and not for training
+    path = tmp_path / "val" / "b" / "50.png"
     for content in (b"", b"<html>", jpeg.getvalue()[:-40], buffer.getvalue()[:45], bytes(bomb)):
         path.write_bytes(content)
         result = call(images, "--data", tmp_path)
@@ -373,7 +383,8 @@ def test_command_line_on_a_small_data_set(tmp_path):
 
 
 def test_command_line_on_a_folder_of_small_grey_images(tmp_path):
-    name = "digits $b_^$ caf\udce9"      # matplotlib would read formulas, and refuses what is no UTF-8
+    # matplotlib would read formulas, and refuses what is no UTF-8
+    name = "digits $b_^$ caf\udce9"
     for split, n in (("train", 70), ("val", 30)):
         write_folder(tmp_path / name / split, "L", (16, 16), n=n)
     status, out, errors = call(images, "--data", tmp_path / name, "--width", 2, "--epochs", 1,
@@ -387,7 +398,8 @@ def test_bad_input_is_refused_before_any_work():
             (("--data", "nowhere"), "no CIFAR binaries"),
             (("--download", "cifar-10"), "needs --data"),
             (("--seeds", "0"), "at least 1"), (("--epochs", "0"), "at least 1"),
-            (("--side", "0"), "at least 1"), (("--beta", "-1"), "at least 0"), (("--seed", "-1"), "whole number"),
+            (("--side", "0"), "at least 1"), (("--beta", "-1"), "at least 0"),
+            (("--seed", "-1"), "whole number"),
             (("--seed", str(2 ** 64)), "whole number"),
             (("--figure", "nowhere/eero.png"), "folder"), (("--figure", "eero.exe"), ".png")):
         result = call(images, *arguments)

@@ -1,4 +1,5 @@
-"""appendix/minipile.py: pages from a server on this machine, faults, what is fetched again, and reading them."""
+"""appendix/minipile.py: pages from a server on this machine, faults, what is fetched again, and
+reading them."""
 import json
 import os
 import threading
@@ -24,7 +25,8 @@ class Server(BaseHTTPRequestHandler):
         self.asked.append(first)
         rows = [{"row_idx": i, "row": {"text": f"document {i} \u00e9"}, "truncated_cells": []}
                 for i in range(first, min(first + n, 250))]
-        page, fault = {"rows": rows, "num_rows_total": 250, "partial": False}, self.faults.pop() if self.faults else 200
+        page, fault = ({"rows": rows, "num_rows_total": 250, "partial": False},
+                       self.faults.pop() if self.faults else 200)
         if fault == "cut":
             rows[3]["truncated_cells"] = ["text"]
         if fault == "missing":
@@ -63,12 +65,15 @@ def test_minipile_is_fetched_in_pieces_and_goes_on(tmp_path, monkeypatch, toy_to
             M.fetch_minipile(folder, 1000, host)
     Server.faults, Server.asked[:] = [], []
     M.fetch_minipile(folder, 1000, host)
-    assert Server.asked == [100, 200] and sorted(os.listdir(folder)) == ["0000000.jsonl", "0000100.jsonl", "0000200.jsonl"]
+    assert Server.asked == [100, 200] and sorted(os.listdir(folder)) == [
+        "0000000.jsonl", "0000100.jsonl", "0000200.jsonl"]
     # what is there needs no server
-    monkeypatch.setattr(C, "fetch_minipile", lambda folder: M.fetch_minipile(folder, 300, "http://127.0.0.1:9"))
+    monkeypatch.setattr(C, "fetch_minipile",
+                        lambda folder: M.fetch_minipile(folder, 300, "http://127.0.0.1:9"))
     streams = C.read_corpus("minipile", toy_tokenizer)
     texts = [f"document {i} \u00e9" for i in range(250)]
-    expected = [i for t in texts if split_of(t.encode()) == "test" for i in [*toy_tokenizer.encode(t), toy_tokenizer.end]]
+    expected = [i for t in texts if split_of(t.encode()) == "test"
+                for i in [*toy_tokenizer.encode(t), toy_tokenizer.end]]
     assert streams["test"].tolist() == expected
     with pytest.raises(ValueError, match="could not be fetched .*refused.*run again to go on"):
         M.fetch_minipile(folder, 400, "http://127.0.0.1:9")

@@ -284,42 +284,55 @@ def test_a_configuration_survives_its_own_file():
     assert PythiaConfig.from_dict(config.to_dict()) == config
 
 
-BASE = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+BASE = dict(vocab_size=96, hidden_size=32, intermediate_size=64,
+            num_hidden_layers=2, num_attention_heads=4)
 
 
 @pytest.mark.parametrize("fields, pct, base", [
     ({}, 0.25, 10000), ({"rotary_pct": 1, "rotary_emb_base": 5.0}, 1, 5),
-    ({"rotary_pct": 0.5, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, 0.5, 500),
-    ({"rotary_pct": 0.5, "rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 1.0}}, 1, 500),
+    ({"rotary_pct": 0.5, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+     0.5, 500),
+    ({"rotary_pct": 0.5, "rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 1.0}},
+     1, 500),
     ({"rotary_emb_base": 7, "rope_parameters": {}, "rope_scaling": None}, 0.25, 7),
-    ({"rope_scaling": {"type": "default", "rope_theta": 7.0}, "rope_parameters": {"rope_theta": 500.0}}, 0.25, 7),
+    ({"rope_scaling": {"type": "default", "rope_theta": 7.0},
+      "rope_parameters": {"rope_theta": 500.0}}, 0.25, 7),
     ({"rope_theta": 10000, "partial_rotary_factor": 0.25, "head_dim": 8}, 0.25, 10000)])
 def test_rope_is_read_where_transformers_reads_it(fields, pct, base):
     config = PythiaConfig.from_dict({**BASE, **fields})
     assert (config.rotary_pct, config.rotary_emb_base) == (pct, base)
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.GPTNeoXConfig.from_dict({**BASE, **json.loads(json.dumps(fields))}).rope_parameters
+    theirs = transformers.GPTNeoXConfig.from_dict(
+        {**BASE, **json.loads(json.dumps(fields))}).rope_parameters
     assert (theirs["partial_rotary_factor"], theirs["rope_theta"]) == (pct, base)
 
 
 @pytest.mark.parametrize("fields, named", [
-    ({"rope_theta": 500.0}, "rope_theta = 500.0 stands in a place"), ({"rotary_dim": 8}, "rotary_dim"),
+    ({"rope_theta": 500.0}, "rope_theta = 500.0 stands in a place"),
+    ({"rotary_dim": 8}, "rotary_dim"),
     ({"partial_rotary_factor": 1.0}, "partial_rotary_factor"), ({"head_dim": 16}, "head_dim"),
-    ({"rope_type": "linear"}, "rope_type"), ({"rope_parameters": {"rope_theta": None}}, "rotary_emb_base is missing"),
+    ({"rope_type": "linear"}, "rope_type"),
+    ({"rope_parameters": {"rope_theta": None}}, "rotary_emb_base is missing"),
     ({"rope_parameters": {"rope_theta": 5.0, "factor": 2.0}}, "factor = 2.0 stands"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "full_attention"),
-    ({"rope_parameters": "default"}, "rope"), ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-    ({"rotary_pct": "0.25"}, "rotary_pct is '0.25'"), ({"rotary_pct": 2}, "rotary_pct is 2, supported is from 0.0 to 1.0"),
-    ({"layer_norm_eps": None}, "layer_norm_eps is missing"), ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan"),
-    ({"max_position_embeddings": "2048"}, "max_position"), ({"use_parallel_residual": "false"}, "use_parallel_residual"),
-    ({"vocab_size": 10 ** 18}, "vocab_size is 10+, supported is from 1 to 16777216"), ({"vocab_size": True}, "vocab_size"),
+    ({"rope_parameters": "default"}, "rope"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+    ({"rotary_pct": "0.25"}, "rotary_pct is '0.25'"),
+    ({"rotary_pct": 2}, "rotary_pct is 2, supported is from 0.0 to 1.0"),
+    ({"layer_norm_eps": None}, "layer_norm_eps is missing"),
+    ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan"),
+    ({"max_position_embeddings": "2048"}, "max_position"),
+    ({"use_parallel_residual": "false"}, "use_parallel_residual"),
+    ({"vocab_size": 10 ** 18}, "vocab_size is 10+, supported is from 1 to 16777216"),
+    ({"vocab_size": True}, "vocab_size"),
     ({"num_attention_heads": 32, "rotary_pct": 1.0}, "odd")])
 def test_numbers_of_another_type_range_or_place_are_refused(fields, named):
     with pytest.raises(InputError, match=named):
         PythiaConfig.from_dict({**BASE, **fields})
 
 
-ODD = [None, True, 0, -1, 2.5, float("nan"), float("inf"), 10 ** 18, 10 ** 400, "", "x", "0.25", [], [[1]], {}, {"a": 1}, "\ud800"]
+ODD = [None, True, 0, -1, 2.5, float("nan"), float("inf"), 10 ** 18, 10 ** 400,
+       "", "x", "0.25", [], [[1]], {}, {"a": 1}, "\ud800"]
 
 
 def mutated(x, rnd):
@@ -359,20 +372,23 @@ def test_a_damaged_configuration_is_used_or_refused_in_one_line(tmp_path):
         (folder / "config.json").write_text(json.dumps(fields))
         used += used_or_refused(lambda: Pythia.from_pretrained(folder)(torch.tensor([[1, 2, 3]])))
     assert 5 < used < 50
-    for damage in ("[" * 10 ** 5, '{"a":' * 10 ** 5, "\xff", "1" * 10 ** 4, "", "[]", "null", '{"a": "' + "x" * 2 ** 24 + '"}'):
+    for damage in ("[" * 10 ** 5, '{"a":' * 10 ** 5, "\xff", "1" * 10 ** 4, "", "[]", "null",
+                   '{"a": "' + "x" * 2 ** 24 + '"}'):
         (folder / "config.json").write_bytes(damage.encode("latin-1"))
         assert not used_or_refused(lambda: Pythia.from_pretrained(folder))
 
 
 def test_lm_head_is_the_unembedding_and_bin_weights_are_not_read(tmp_path):
     model = tiny()
-    folder = saved(model, tmp_path / "a", extra={"lm_head.weight": model.embed_out.weight + 0}, drop=("embed_out.weight",))
+    folder = saved(model, tmp_path / "a", extra={"lm_head.weight": model.embed_out.weight + 0},
+                   drop=("embed_out.weight",))
     assert torch.equal(Pythia.from_pretrained(folder).embed_out.weight, model.embed_out.weight)
     both = saved(model, tmp_path / "b", extra={"lm_head.weight": model.embed_out.weight + 1})
     with pytest.raises(InputError, match="embed_out.weight twice"):
         Pythia.from_pretrained(both)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match="bin weights are not read: they are pickles.*save them as safetensors"):
+    with pytest.raises(InputError, match="bin weights are not read: they are pickles.*"
+                                         "save them as safetensors"):
         Pythia.from_pretrained(folder)
 
 
@@ -383,16 +399,21 @@ def test_ids_beyond_the_model_are_refused(tmp_path):
     decoder, _ = fast(model)
     for wrong in (96, -1, 10 ** 9):
         for use in (lambda ids: model(torch.tensor([ids])), lambda ids: next(sample(model, ids, 1)),
-                    lambda ids: generate(model, ids, 2, Plain()), lambda ids: generate(decoder, ids, 2, Plain())):
+                    lambda ids: generate(model, ids, 2, Plain()),
+                    lambda ids: generate(decoder, ids, 2, Plain())):
             with pytest.raises(InputError, match="not all in 0 .. 95"):
                 use([1, wrong])
-    folder = saved(tiny(vocab_size=2050), tmp_path / "m")                 # the toy's tokenizer has 2048
+    # the toy's tokenizer has 2048
+    folder = saved(tiny(vocab_size=2050), tmp_path / "m")
     spec = json.loads((TOY / "tokenizer.json").read_text())
     for more, refused in ((0, False), (2, False), (3, True)):
-        new = [{**spec["added_tokens"][0], "id": 2048 + n, "content": f"<{n}>"} for n in range(more)]
-        (folder / "tokenizer.json").write_text(json.dumps({**spec, "added_tokens": spec["added_tokens"] + new}))
+        new = [{**spec["added_tokens"][0], "id": 2048 + n, "content": f"<{n}>"}
+               for n in range(more)]
+        (folder / "tokenizer.json").write_text(
+            json.dumps({**spec, "added_tokens": spec["added_tokens"] + new}))
         if refused:
-            assert_refused(call(M, "--model", folder), "token 2050, b'<2>', has no row in the embedding")
+            assert_refused(call(M, "--model", folder),
+                           "token 2050, b'<2>', has no row in the embedding")
         else:
             assert Tokenizer.load(folder).vocab_size == 2048 + more
 
@@ -509,11 +530,13 @@ def test_damaged_tokenizer(tmp_path):
             Tokenizer.load(tmp_path)
 
 
-LONG = ["\n" * 10 ** 6, "x" + "\t" * 10 ** 6 + "x", "\n" * 9999 + "a", "a" + " \u3000" * 5000 + " b", "\x1c" * 10 ** 4 + "y"]
+LONG = ["\n" * 10 ** 6, "x" + "\t" * 10 ** 6 + "x", "\n" * 9999 + "a",
+        "a" + " \u3000" * 5000 + " b", "\x1c" * 10 ** 4 + "y"]
 
 
 def test_a_million_spaces_in_a_row(toy_tokenizer):
-    for text in LONG:                                                     # tiktoken's pattern alone panics at the first two
+    # tiktoken's pattern alone panics at the first two
+    for text in LONG:
         assert toy_tokenizer.decode(toy_tokenizer.encode(text)) == text
     assert toy_tokenizer.encode("\n" * 10 ** 5) == toy_tokenizer.bpe.encode_ordinary("\n" * 10 ** 5)
 
@@ -523,16 +546,23 @@ def test_long_runs_of_spaces_equal_tokenizers():
 
 
 @pytest.mark.parametrize("place, value", [
-    ("normalizer", None), ("normalizer", {"type": "NFKC"}), ("normalizer", "NFC"), ("truncation", {"max_length": 5}),
-    ("padding", {"strategy": "BatchLongest"}), ("pre_tokenizer.add_prefix_space", True), ("pre_tokenizer.use_regex", False),
-    ("pre_tokenizer", {"type": "Whitespace"}), ("post_processor.type", "RobertaProcessing"), ("decoder.type", "Metaspace"),
-    ("post_processor", {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}]}),
-    ("model.type", "Unigram"), ("model.dropout", 0.1), ("model.ignore_merges", True), ("model.byte_fallback", True),
+    ("normalizer", None), ("normalizer", {"type": "NFKC"}), ("normalizer", "NFC"),
+    ("truncation", {"max_length": 5}), ("padding", {"strategy": "BatchLongest"}),
+    ("pre_tokenizer.add_prefix_space", True), ("pre_tokenizer.use_regex", False),
+    ("pre_tokenizer", {"type": "Whitespace"}), ("post_processor.type", "RobertaProcessing"),
+    ("decoder.type", "Metaspace"),
+    ("post_processor", {"type": "TemplateProcessing",
+                        "single": [{"SpecialToken": {"id": "x", "type_id": 0}}]}),
+    ("model.type", "Unigram"), ("model.dropout", 0.1),
+    ("model.ignore_merges", True), ("model.byte_fallback", True),
     ("model.continuing_subword_prefix", "##"), ("model.end_of_word_suffix", "</w>"),
-    ("added_tokens.0.lstrip", True), ("added_tokens.0.rstrip", True), ("added_tokens.5.single_word", True),
-    ("added_tokens.5.id", 3000), ("added_tokens.5.id", 7), ("added_tokens.5.content", ""), ("added_tokens.1.id", 0),
-    ("added_tokens.6.content", " " * 24), ("model.vocab.!", 7), ("model.vocab.!", 2.0), ("model.vocab.!", None),
-    ("model.vocab", []), ("model.merges", []), ("model.merges.3", "q q"), ("added_tokens", None), ("model", None)])
+    ("added_tokens.0.lstrip", True), ("added_tokens.0.rstrip", True),
+    ("added_tokens.5.single_word", True), ("added_tokens.5.id", 3000), ("added_tokens.5.id", 7),
+    ("added_tokens.5.content", ""), ("added_tokens.1.id", 0),
+    ("added_tokens.6.content", " " * 24),
+    ("model.vocab.!", 7), ("model.vocab.!", 2.0), ("model.vocab.!", None),
+    ("model.vocab", []), ("model.merges", []), ("model.merges.3", "q q"),
+    ("added_tokens", None), ("model", None)])
 def test_what_changes_ids_is_refused_by_name(tmp_path, toy_tokenizer, place, value):
     spec = json.loads(json.dumps(toy_tokenizer.spec))
     *path, last = [int(name) if name.isdigit() else name for name in place.split(".")]
@@ -548,22 +578,29 @@ def test_what_changes_ids_is_refused_by_name(tmp_path, toy_tokenizer, place, val
 
 
 def test_what_changes_no_ids_is_read(tmp_path, toy_tokenizer):
-    """Merges as pairs, a template of the text alone, empty affixes: as current libraries write the same tokenizer."""
+    """Merges as pairs, a template of the text alone, empty affixes: as current libraries write the
+    same tokenizer."""
     spec = json.loads(json.dumps(toy_tokenizer.spec))
-    spec["model"].update(merges=[pair.split(" ") for pair in spec["model"]["merges"]], dropout=0.0, ignore_merges=False,
+    spec["model"].update(merges=[pair.split(" ") for pair in spec["model"]["merges"]],
+                         dropout=0.0, ignore_merges=False,
                          continuing_subword_prefix="", end_of_word_suffix="", byte_fallback=False)
-    spec["post_processor"] = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}],
-                              "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    spec["post_processor"] = {"type": "TemplateProcessing",
+                              "single": [{"Sequence": {"id": "A", "type_id": 0}}],
+                              "pair": [{"Sequence": {"id": "A", "type_id": 0}},
+                                       {"Sequence": {"id": "B", "type_id": 1}}],
                               "special_tokens": {}}
     spec["added_tokens"][5].update(normalized=False)
-    spec["added_tokens"].append({**spec["added_tokens"][0], "id": 2048, "content": "e\u0301", "normalized": True})
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": 2048,
+                                 "content": "e\u0301", "normalized": True})
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    assert Tokenizer.load(tmp_path).encode("\xe9 e\u0301" + " " * 21) == [2048, *toy_tokenizer.encode(" "), 2048, 2028]
+    assert Tokenizer.load(tmp_path).encode("\xe9 e\u0301" + " " * 21) == [
+        2048, *toy_tokenizer.encode(" "), 2048, 2028]
     assert_same_ids(tmp_path, list(random_texts(100)) + ["\xe9 e\u0301" + " " * 21], left_out=5)
 
 
 def test_a_damaged_tokenizer_is_used_or_refused_in_one_line(tmp_path, toy_tokenizer):
-    rnd, texts, used = random.Random(0), ["  x e\u0301\n\n   foo's <|endoftext|>\t\xe9 12", " " * 30 + "\u1e9b\u0323"], 0
+    rnd, texts, used = random.Random(0), [
+        "  x e\u0301\n\n   foo's <|endoftext|>\t\xe9 12", " " * 30 + "\u1e9b\u0323"], 0
     parts = ["normalizer", "pre_tokenizer", "post_processor", "decoder", "added_tokens"]
     try:
         from tokenizers import Tokenizer as Theirs
@@ -571,7 +608,8 @@ def test_a_damaged_tokenizer_is_used_or_refused_in_one_line(tmp_path, toy_tokeni
         Theirs = None
     for _ in range(60):
         part = rnd.choice(parts)
-        spec = {**toy_tokenizer.spec, part: mutated({part: toy_tokenizer.spec[part]}, rnd).get(part)}
+        spec = {**toy_tokenizer.spec,
+                part: mutated({part: toy_tokenizer.spec[part]}, rnd).get(part)}
         if rnd.random() < 0.3:
             spec = mutated(toy_tokenizer.spec, rnd)
         (tmp_path / "tokenizer.json").write_text(json.dumps(spec))

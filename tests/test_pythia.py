@@ -1,14 +1,16 @@
-"""Official Pythia against its own record: known answers and published task scores. Skips without the weights.
+"""Official Pythia against its own record: known answers and published task scores.
 
-    NANOEXIT_PYTHIA=DIR python -m pytest -q tests/test_pythia.py      DIR holds pythia-70m, pythia-410m-deduped ..
+    NANOEXIT_PYTHIA=DIR python -m pytest -q tests/test_pythia.py
+DIR holds pythia-70m, pythia-410m-deduped .. Without the weights these tests skip.
 
-They need the facts in data/pythia and the tasks in data/tasks of NANOEXIT_SHARED (default: ../shared), too. No
-official weights were at hand: the tests marked `official` have never been run with them. What they call is run
-here with random weights and the toy's tokenizer.
+They need the facts in data/pythia and the tasks in data/tasks of NANOEXIT_SHARED (default:
+../shared), too. No official weights were at hand: the tests marked `official` have never been run
+with them. What they call is run here with random weights and the toy's tokenizer.
 
-Tolerances. A known answer in float32 differs by rounding only: 1e-4 nats. The published scores were computed in
-half precision, which turns near ties around; 2 of ARC's 1,172 challenges are missing here. So an accuracy may differ
-by 0.005 (6 of 1,170 examples, 26 of 5,153), a perplexity by 1 %. A wrong rotation or activation costs far more.
+Tolerances. A known answer in float32 differs by rounding only: 1e-4 nats. The published scores were
+computed in half precision, which turns near ties around; 2 of ARC's 1,172 challenges are missing
+here. So an accuracy may differ by 0.005 (6 of 1,170 examples, 26 of 5,153), a perplexity by 1 %.
+A wrong rotation or activation costs far more.
 """
 import json
 import os
@@ -24,12 +26,14 @@ from heads import ExitHeads
 from model import Pythia, Tokenizer, sample
 
 FACTS, TASK_FILES = SHARED / "data" / "pythia", SHARED / "data" / "tasks"
-OFFICIAL_TASKS = {"lambada": "lambada_openai", "piqa": "piqa", "arc_easy": "arc_easy", "winogrande": "winogrande",
-                  "arc_challenge": "arc_challenge"}
+OFFICIAL_TASKS = {"lambada": "lambada_openai", "piqa": "piqa", "arc_easy": "arc_easy",
+                  "winogrande": "winogrande", "arc_challenge": "arc_challenge"}
 folders = []
 if os.environ.get("NANOEXIT_PYTHIA"):
-    folders = sorted(path.parent for path in Path(os.environ["NANOEXIT_PYTHIA"]).glob("pythia-*/config.json"))
-official = pytest.mark.skipif(not (folders and FACTS.exists()), reason="official weights or facts are not at hand")
+    folders = sorted(path.parent
+                     for path in Path(os.environ["NANOEXIT_PYTHIA"]).glob("pythia-*/config.json"))
+official = pytest.mark.skipif(not (folders and FACTS.exists()),
+                              reason="official weights or facts are not at hand")
 
 
 def read(folder):
@@ -57,7 +61,8 @@ def answered(folder, case):
     if "greedy" in case:
         assert greedy(folder, case["greedy"], case["max_new_tokens"]) == case["expected"], case
     else:
-        assert mean_loss(folder, case["text"]) == pytest.approx(case["mean_token_loss"], abs=1e-4), case
+        assert (mean_loss(folder, case["text"])
+                == pytest.approx(case["mean_token_loss"], abs=1e-4)), case
 
 
 def scores_of(folder, names, limit=None):
@@ -78,7 +83,8 @@ def differences(found, expected):
     beyond = []
     for task, scores in found.items():
         for measure, value in expected[task].items():
-            near = pytest.approx(value, rel=0.01) if measure == "ppl" else pytest.approx(value, abs=0.005)
+            near = (pytest.approx(value, rel=0.01) if measure == "ppl"
+                    else pytest.approx(value, abs=0.005))
             if scores[measure] != near:
                 beyond.append((task, measure, scores[measure], value))
     return beyond
@@ -101,13 +107,14 @@ def test_known_answers():
 @official
 @pytest.mark.parametrize("folder", folders, ids=lambda folder: folder.name)
 def test_published_scores(folder):
-    expected = published(folder.name, json.loads((FACTS / "expected_evals.json").read_text())["results"])
+    expected = published(folder.name,
+                         json.loads((FACTS / "expected_evals.json").read_text())["results"])
     if not (expected and TASK_FILES.exists()):
         pytest.skip(f"no published scores of {folder.name}, or no tasks")
     assert not differences(scores_of(folder, list(OFFICIAL_TASKS)), expected)
 
 
-# ---------------------------------------------------------------- with random weights: what the above call
+# --------------------------------------------------------- with random weights: what the above call
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +136,8 @@ def test_an_answer_is_recognised(small):
         answered(small, {**case, "expected": case["expected"] + " "})
     loss, ids = 0, tokenizer.encode("Hello world!")
     for n in range(1, len(ids)):
-        loss -= model(torch.tensor([ids[:n]]))[0][0, -1].log_softmax(-1)[ids[n]].item() / (len(ids) - 1)
+        loss -= (model(torch.tensor([ids[:n]]))[0][0, -1].log_softmax(-1)[ids[n]].item()
+                 / (len(ids) - 1))
     case = {"text": "Hello world!", "mean_token_loss": loss}
     answered(small, case)
     with pytest.raises(AssertionError):

@@ -261,7 +261,8 @@ def test_what_is_not_a_number_is_never_written_nor_learned(tmp_path, damaged, te
     import model as M
     words = "not numbers in float32; use float32 or bfloat16"
     for temperature in (0, 0.8):
-        assert_refused(call(M, "--prompt", "def f(", "--model", damaged, "--temperature", temperature), words)
+        assert_refused(
+            call(M, "--prompt", "def f(", "--model", damaged, "--temperature", temperature), words)
     options = ("--model", damaged, "--layers", 1, "--data", text, "--steps", 1, "--length", 32)
     assert_refused(call(T, *options, "--out", tmp_path / "run"), words)
     assert not (tmp_path / "run").exists()

@@ -21,7 +21,8 @@ from confidence import MEASURES
 from heads import ExitHeads, evaluate, measuring_text
 from model import Pythia, Tokenizer
 
-needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"),
+                                reason="torch has Muon from 2.9 on")
 FAST = ("--steps", 3, "--batch", 2, "--length", 64)
 
 
@@ -85,7 +86,8 @@ def check_main_job(model, text, out):
         assert 0 <= record["agreement"] <= 1
         assert set(record["levels"]) == {"0.80", "0.90", "0.95", "0.98"}
     assert len(lines[6]["own_greedy_agreement"]) == 3
-    pace, limit = map(int, re.search(r"ran at (\d+)% of the .* alone it would be (\d+)%", printed).groups())
+    pace, limit = map(
+        int, re.search(r"ran at (\d+)% of the .* alone it would be (\d+)%", printed).groups())
     shares = re.search(r"blocks took (\d+)% .* heads (\d+)%, the optimizer (\d+)%; ", printed)
     assert 0 < pace <= 100 and 0 < limit < 100 and 98 <= sum(map(int, shares.groups())) <= 102
     assert 0.05 < float(re.search(r"; peak memory (.*) GB", printed)[1]) < 100
@@ -330,8 +332,9 @@ def test_bad_text(tmp_path, small):
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x81")
     (tmp_path / "folder").mkdir()
-    cases = {"empty.txt": "no text was found", "short.txt": "fewer than one window", "binary": "not UTF-8",
-             "folder": "no text was found", "absent": "no such file or folder"}
+    cases = {"empty.txt": "no text was found", "short.txt": "fewer than one window",
+             "binary": "not UTF-8", "folder": "no text was found",
+             "absent": "no such file or folder"}
     for name, words in cases.items():
         options = ("--model", small, "--data", tmp_path / name, "--out", tmp_path / "run")
         assert_refused(call(T, *options), words)
