@@ -63,15 +63,15 @@ def one_minus_max(logits):
 
 def negative_margin(logits):
     """Second largest minus largest probability ("breaking ties"), -1 .. 0. Needs V >= 2."""
-    top = probabilities(logits).topk(2).values                    # (..., 2)
-    return never_certain_if_broken(top[..., 1] - top[..., 0])
+    largest, second = probabilities(logits).topk(2).values.unbind(-1)     # (...) each
+    return never_certain_if_broken(second - largest)
 
 
 def negative_logit_gap(logits):
     """Second largest minus largest logit: ln(p2 / p1), at most 0. V >= 2; needs no softmax."""
-    top = logits.topk(2).values.float()                           # (..., 2)
-    second = top[..., 1].clamp(min=-1e38)                         # finite if one token is left
-    return never_certain_if_broken(second - top[..., 0])
+    largest, second = logits.topk(2).values.float().unbind(-1)    # (...) each
+    second = second.clamp(min=-1e38)                              # finite if one token is left
+    return never_certain_if_broken(second - largest)
 
 
 def negative_max_logit(logits):

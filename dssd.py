@@ -485,9 +485,10 @@ class ByGain:
         self.tokens, self.ms = 8.0, 8 * self.costs.plain
         # this round: drafts, S, ms so far, and (row, exit, bin, answer) of every question
         self.drafted, self.chance, self.spent, self.asked = 0, 1.0, 0.0, []
-        # this question: T, and value_{s+1} of every exit; a, and d without deeper_s
-        self.token_ms, self.refusal = self.costs.plain, []
-        self.ask_ms, self.draft_ms = 0.0, 0.0
+        # this question: T; a, and d without deeper_s; for every exit its bins, the gain of an answer
+        # in each, and value_{s+1}
+        self.token_ms, self.ask_ms, self.draft_ms = self.costs.plain, 0.0, 0.0
+        self.bins, self.gains, self.refusal = [], [], []
 
     def read_prompt(self, frontier, full):
         """The first evidence: what every exit would have said at the prompt's last positions."""
@@ -505,6 +506,7 @@ class ByGain:
             if self.rest:
                 self.rest -= 1
                 return []
+            self.bins = [record.bins() for record in self.records]
         # what this question and its draft cost
         self.drafted, self.token_ms = drafted, min(self.costs.plain, self.ms / self.tokens)
         if drafted == 0:
@@ -520,16 +522,25 @@ class ByGain:
         return exits
 
     def values(self):
-        """value_s of every exit s. Sets refusal[s] to value_{s+1}, what refusing is worth there."""
+        """value_s of every exit s. Keeps gain_s of every bin, and value_{s+1}, for `drafts`."""
         exits, beyond = len(self.records), 0.0
-        values, self.refusal = [0.0] * exits, [0.0] * exits
+        values, self.gains, self.refusal = [0.0] * exits, [[]] * exits, [0.0] * exits
+        worth = self.chance * self.token_ms                               # S T
         for s in reversed(range(exits)):
-            mean = 0.0
-            for share, p in self.records[s].bins():
-                mean += share * max(self.gain(s, p), beyond)
-            self.refusal[s], values[s] = beyond, mean - self.ask_ms
+            d, mean = self.draft_ms + self.costs.deeper[s], 0.0
+            gains = [worth * p - d for _, p in self.bins[s]]
+            if self.drafted == 0:
+                gains = [gain + self.ahead(p) for gain, (_, p) in zip(gains, self.bins[s])]
+            for gain, (share, _) in zip(gains, self.bins[s]):
+                mean += share * max(gain, beyond)
+            self.gains[s], self.refusal[s], values[s] = gains, beyond, mean - self.ask_ms
             beyond = max(beyond, values[s])
         return values
+
+    def ahead(self, p):
+        """What the next two drafts would bring, if they were as sure as the first one."""
+        T, further = self.token_ms, self.costs.further
+        return max(0.0, p ** 2 * T - further) + max(0.0, p ** 3 * T - further)
 
     def rest_unless_it_pays(self, best):
         """Rest after this round, longer each time, unless recent rounds or the best value pay."""
@@ -539,22 +550,14 @@ class ByGain:
         else:
             self.rest, self.wait = self.wait, min(2 * self.wait, LONGEST)
 
-    def gain(self, s, p):
-        T, further = self.token_ms, self.costs.further
-        gain = self.chance * p * T - self.draft_ms - self.costs.deeper[s]
-        if self.drafted == 0:
-            gain += max(0.0, p ** 2 * T - further) + max(0.0, p ** 3 * T - further)
-        return gain
-
     def drafts(self, s, z, answer):
-        record = self.records[s]
-        b = bisect(record.edges, self.measure(z).item())
-        p = record.right[b] / record.seen[b]
-        drafts = self.gain(s, p) > self.refusal[s]
+        b = bisect(self.records[s].edges, self.measure(z).item())
+        drafts = self.gains[s][b] > self.refusal[s]
         self.asked.append((self.drafted, s, b, answer))
         self.spent += self.ask_ms
         if drafts:
             self.spent += self.draft_ms + self.costs.deeper[s]
+            _, p = self.bins[s][b]
             self.chance *= p
         return drafts
 

@@ -297,7 +297,7 @@ def test_the_rule_by_hand():
     # 6.4 - 3 and 5.12 - 3; with p = 0.7: 7 - 3 + 1.9 + 0.43. Exit 1, with p = 0.9: 7 + 5.1 + 4.29
     third = (10.52 + 6.33) / 2 - 0.5
     assert rule.exits_to_ask(0) == [0, 1] and rule.refusal == pytest.approx([third, 0.0])
-    assert rule.gain(0, 0.9) == pytest.approx(16.39) and rule.gain(0, 0.1) < 0
+    assert rule.gains[0][0] == pytest.approx(16.39) and rule.gains[0][1] < 0
     # a later one: exit 3 is worth (7 + 6) / 2 - 3, and exit 1 less: (9 + 3.5) / 2 - 3
     assert rule.exits_to_ask(1) == [1] and rule.refusal == pytest.approx([3.5, 0.0])
     # with little hope for the drafts before it, a further one does not pay
