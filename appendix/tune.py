@@ -22,6 +22,7 @@ import argparse
 import math
 import time
 from pydoc_data.topics import topics
+from statistics import mean, median
 
 import torch
 
@@ -49,20 +50,20 @@ def costs_at(positions, decoder, heads, temperature, repeats):
     never = [-math.inf, *(None for _ in others)]
     policies = ((Plain(), 0), (DSSD(heads, never), 0), (LayerSkip(heads, exit, 1), 1),
                 (LayerSkip(heads, exit, 1 + MORE), 1 + MORE))     # and the drafts of a round
-    least, begin = [math.inf] * 4, time.perf_counter()
-    # of all repeats the least counts: a machine that is shared is slow at times
-    for repeat in range(repeats):
-        if repeat and time.perf_counter() - begin > LONGEST:
-            break
-        for i, (policy, drafts) in enumerate(policies):
+    repeated, begin = [], time.perf_counter()
+    while len(repeated) < repeats and (not repeated or time.perf_counter() - begin < LONGEST):
+        round_times = []
+        for policy, drafts in policies:
             log, most = Log(), (1 + drafts) * ROUNDS + 2
-            prompt = [1] * positions
-            tokens = stream(decoder, prompt, most, policy, temperature=temperature, log=log)
+            tokens = stream(decoder, [1] * positions, most, policy, temperature=temperature,
+                            log=log)
             next(tokens)                  # after the prompt
             times = [round_ms(tokens, log, drafts) for _ in range(ROUNDS)]
-            whole = sorted(ms for ms in times if ms < math.inf) or [math.inf]
-            least[i] = min(least[i], whole[len(whole) // 2])
-    plain, asking, one, several = least
+            round_times.append(median([ms for ms in times if ms < math.inf] or [math.inf]))
+        repeated.append(round_times)
+    # a machine that is shared is slow at times: of all repeats the faster half counts
+    faster = sorted(repeated, key=sum)[:(len(repeated) + 1) // 2]
+    plain, asking, one, several = [mean(times) for times in zip(*faster)]
     # a draft from a deeper exit: that many more blocks, for a row of its own
     L = decoder.config.num_hidden_layers
     deeper = [plain * (n - exit) / L for n in heads.layers]
