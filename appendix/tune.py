@@ -26,7 +26,7 @@ from statistics import mean, median
 
 import torch
 
-from dssd import DSSD, AutoDSSD, Costs, LayerSkip, Log, Plain, generate, stream, summarize
+from dssd import DSSD, AutoDSSD, Costs, Log, Plain, generate, stream, summarize
 from heads import FAST, load_model, model_options
 from model import InputError, command_line
 
@@ -34,7 +34,7 @@ HARD = (("code", 64, 0.0), ("English", 64, 0.0), ("random", 64, 0.0), ("code", 6
         ("English", 64, 0.8), ("English", 64, 1.2), ("random", 64, 1.0), ("code", 1024, 0.0),
         ("English", 1024, 0.0), ("code", 1900, 0.0))      # text, tokens of the prompt, temperature
 MORE, ROUNDS = 3, 12             # drafts after the first, where they are timed; rounds of a repeat
-LONGEST = 10                     # seconds of repeats
+LONGEST, FORBIDDEN = 10, 1e9     # seconds of repeats; milliseconds of what is not to happen
 
 
 def measure_costs(decoder, heads, temperature=0.0, repeats=20):
@@ -48,8 +48,10 @@ def costs_at(positions, decoder, heads, temperature, repeats):
     """Costs with about this many positions cached, from the first exit: heads are of one kind."""
     exit, *others = heads.layers
     never = [-math.inf, *(None for _ in others)]
-    policies = ((Plain(), 0), (DSSD(heads, never), 0), (LayerSkip(heads, exit, 1), 1),
-                (LayerSkip(heads, exit, 1 + MORE), 1 + MORE))     # and the drafts of a round
+    # a rule to which drafts from the first exit are free drafts up to its cap, and costs its time
+    free = [Costs(n, 1.0, 0.0, 0.0, 0.0, [0.0, *(FORBIDDEN for _ in others)]) for n in (0, 1)]
+    policies = ((Plain(), 0), (DSSD(heads, never), 0), (AutoDSSD(heads, free, 1), 1),
+                (AutoDSSD(heads, free, 1 + MORE), 1 + MORE))      # and the drafts of a round
     repeated, begin = [], time.perf_counter()
     while len(repeated) < repeats and (not repeated or time.perf_counter() - begin < LONGEST):
         round_times = []
