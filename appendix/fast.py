@@ -283,6 +283,7 @@ class Fused:
         self.R = rotated_width(config)
         self.blocks = [fold(block, self.R) for block in model.layers]
         self.out = fold_output(model.final_layer_norm, model.embed_out)
+        self.small = isinstance(self.blocks[0][0], PanelProduct)
         cos, sin = model.angles(0, config.max_position_embeddings, model.embed_in.weight.float())
         self.turn = torch.complex(cos, sin)[..., :self.R // 2]            # (context, 1, R / 2)
         self.steps = {}                                                   # (T, type) -> Step
@@ -352,12 +353,11 @@ class Fused:
             if widen:
                 k, v = k.to(z.dtype), v.to(z.dtype)
             if first_rows:
-                attended = prompt_attention(q, k.mT, v)
+                y.copy_(prompt_attention(q, k.mT, v))
             else:
                 # a few rows: two small products are faster
                 scores = torch.bmm(q, k) if mask is None else torch.baddbmm(mask, q, k)
-                attended = torch.bmm(scores.softmax(-1), v)               # (H, T, K)
-            y.copy_(attended)
+                self.weigh(y, scores.softmax(-1), v)
             hidden.addcmul_(hidden, torch.erf(hidden))                    # sqrt(2) GELU: see fold
             x = down.onto(x, both.to(x.dtype) if widen else both)         # (T, D), a new tensor
             depth += 1
@@ -365,6 +365,13 @@ class Fused:
                 between[depth].copy_(x)
         cache.length[start:stop] = [n + T] * len(blocks)
         return x
+
+    def weigh(self, y, p, v):
+        """Attention's second product, y = p v: p (H, T, n + T), v (H, n + T, K), y (H, T, K)."""
+        if self.small:
+            np.matmul(p.numpy(), v.numpy(), out=y.numpy())
+        else:
+            y.copy_(torch.bmm(p, v))
 
     def step(self, T, like):
         """The Step of T rows.
