@@ -285,7 +285,8 @@ def print_table(numbers):
           f"{'wasted':>7}{'tau':>6}{'drafts':>7}{'blocks':>7}{'cost':>6}{'same text':>10}"
           f"{'roofline':>9}")
     for name, row in numbers.items():
-        spent = f"{row['ms_per_token']:.4g} ({row['min_ms']:.4g}..{row['max_ms']:.4g})"
+        d = 2 if row["max_ms"] < 100 else 0                               # digits
+        spent = f"{row['ms_per_token']:.{d}f} ({row['min_ms']:.{d}f}..{row['max_ms']:.{d}f})"
         line = (f"{name:<20}{row['tokens_per_second']:>9.0f}{spent:>22}{row['x_plain']:>8.2f}"
                 f"{row['acceptance']:>7.2f}{row['wasted']:>7}{row['tau']:>6.2f}"
                 f"{row['draft_length']:>7.2f}{row['layers_per_token']:>7.1f}"

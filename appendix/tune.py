@@ -7,6 +7,8 @@ Whether a draft pays depends on the machine. So a few policies decode, and the c
     one draft     every round takes one draft from the first exit: T + first
     four drafts   T + first + 3 further
 
+The last two are AutoDSSD's rule, told that drafts are free. So its own time is part of the costs.
+
 A first draft costs more than a later one: it splits the pass to full depth, and makes it one of
 several rows. A draft from a deeper exit costs more by the blocks up to there, for its own row. What
 the text says does not matter, so the prompt is one token, repeated. Attention reads every cached
@@ -15,8 +17,8 @@ takes the line between.
 
     python -m appendix.tune             the costs, and what acceptance a first draft then needs
     python -m appendix.tune --hard      then DSSD auto beside Plain on texts that are hard to draft
-Expect on the toy a question to cost a third of a plain step, a first draft 0.5 to 0.7 of it, and a
-later one 0.3 to 0.4.
+Expect on the toy a question to cost a quarter of a plain step, a first draft half of one, and a
+later one 0.4 to 0.5.
 """
 import argparse
 import math
@@ -48,21 +50,14 @@ def costs_at(positions, decoder, heads, temperature, repeats):
     """Costs with about this many positions cached, from the first exit: heads are of one kind."""
     exit, *others = heads.layers
     never = [-math.inf, *(None for _ in others)]
-    # a rule to which drafts from the first exit are free drafts up to its cap, and costs its time
+    # where drafts from the first exit cost nothing, the rule drafts up to its cap
     free = [Costs(n, 1.0, 0.0, 0.0, 0.0, [0.0, *(FORBIDDEN for _ in others)]) for n in (0, 1)]
     policies = ((Plain(), 0), (DSSD(heads, never), 0), (AutoDSSD(heads, free, 1), 1),
                 (AutoDSSD(heads, free, 1 + MORE), 1 + MORE))      # and the drafts of a round
     repeated, begin = [], time.perf_counter()
     while len(repeated) < repeats and (not repeated or time.perf_counter() - begin < LONGEST):
-        round_times = []
-        for policy, drafts in policies:
-            log, most = Log(), (1 + drafts) * ROUNDS + 2
-            tokens = stream(decoder, [1] * positions, most, policy, temperature=temperature,
-                            log=log)
-            next(tokens)                  # after the prompt
-            times = [round_ms(tokens, log, drafts) for _ in range(ROUNDS)]
-            round_times.append(median([ms for ms in times if ms < math.inf] or [math.inf]))
-        repeated.append(round_times)
+        repeated.append([usual_round_ms(decoder, policy, drafts, positions, temperature)
+                         for policy, drafts in policies])
     # a machine that is shared is slow at times: of all repeats the faster half counts
     faster = sorted(repeated, key=sum)[:(len(repeated) + 1) // 2]
     plain, asking, one, several = [mean(times) for times in zip(*faster)]
@@ -71,6 +66,15 @@ def costs_at(positions, decoder, heads, temperature, repeats):
     deeper = [plain * (n - exit) / L for n in heads.layers]
     return Costs(positions, plain, question=max(0.0, asking - plain), first=max(0.0, one - plain),
                  further=max(0.0, (several - one) / MORE), deeper=deeper)
+
+
+def usual_round_ms(decoder, policy, drafts, positions, temperature):
+    """The median time of a policy's rounds of so many drafts, after a prompt."""
+    log, most = Log(), (1 + drafts) * ROUNDS + 2
+    tokens = stream(decoder, [1] * positions, most, policy, temperature=temperature, log=log)
+    next(tokens)                          # after the prompt
+    times = [round_ms(tokens, log, drafts) for _ in range(ROUNDS)]
+    return median([ms for ms in times if ms < math.inf] or [math.inf])
 
 
 def round_ms(tokens, log, drafts):
