@@ -485,8 +485,7 @@ class ByGain:
         self.tokens, self.ms = 8.0, 8 * self.costs.plain
         # this round: drafts, S, ms so far, and (row, exit, bin, answer) of every question
         self.drafted, self.chance, self.spent, self.asked = 0, 1.0, 0.0, []
-        # this question: T; a, and d without deeper_s; for every exit its bins, the gain of an answer
-        # in each, and value_{s+1}
+        # this question: T; a, and d without deeper_s; by exit its bins, their gains, value_{s+1}
         self.token_ms, self.ask_ms, self.draft_ms = self.costs.plain, 0.0, 0.0
         self.bins, self.gains, self.refusal = [], [], []
 
