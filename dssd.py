@@ -483,11 +483,11 @@ class ByGain:
         self.wait, self.rest = SHORTEST, 0
         # recent rounds that asked: their tokens, and their ms as the costs say
         self.tokens, self.ms = 8.0, 8 * self.costs.plain
-        # this round: drafts, S, ms so far, and (row, exit, bin, answer) of every question
-        self.drafted, self.chance, self.spent, self.asked = 0, 1.0, 0.0, []
-        # this question: T; a, and d without deeper_s; by exit its bins, their gains, value_{s+1}
+        # this round: drafts, S, ms so far, (row, exit, bin, answer) of every question, bins by exit
+        self.drafted, self.chance, self.spent, self.asked, self.bins = 0, 1.0, 0.0, [], []
+        # this question: T; a, and d without deeper_s; by exit its bins' gains, and value_{s+1}
         self.token_ms, self.ask_ms, self.draft_ms = self.costs.plain, 0.0, 0.0
-        self.bins, self.gains, self.refusal = [], [], []
+        self.gains, self.refusal = [], []
 
     def read_prompt(self, frontier, full):
         """The first evidence: what every exit would have said at the prompt's last positions."""
@@ -542,7 +542,7 @@ class ByGain:
         return max(0.0, p ** 2 * T - further) + max(0.0, p ** 3 * T - further)
 
     def rest_unless_it_pays(self, best):
-        """Rest after this round, longer each time, unless recent rounds or the best value pay."""
+        """Rest after this round, longer each time, unless recent rounds and the best value pay."""
         saved = self.tokens * self.costs.plain - self.ms
         if saved + PROMISES * best > 0:
             self.wait = SHORTEST

@@ -251,14 +251,13 @@ class Pythia(nn.Module):
         On a CPU the look-up itself finds a wrong id. On a GPU a check waits for the device. So a
         single token, the model's own choice, is not checked there.
         """
-        V = self.config.vocab_size
+        V, on_cpu = self.config.vocab_size, ids.device.type == "cpu"
         try:
-            if ids.is_cuda and ids.numel() > 1 and not 0 <= ids.min() <= ids.max() < V:
-                raise IndexError
-            return self.embed_in(ids)
+            if on_cpu or ids.numel() == 1 or 0 <= ids.min() <= ids.max() < V:
+                return self.embed_in(ids)
         except IndexError:
-            wrong = f"ids {ids.min()} .. {ids.max()} are not all in 0 .. {V - 1}"
-            raise InputError(wrong) from None
+            pass
+        raise InputError(f"ids {ids.min()} .. {ids.max()} are not all in 0 .. {V - 1}")
 
     def run(self, x, start, stop, cache=None, between=None):
         """Advance T consecutive positions from depth start to depth stop: (B, T, D) -> (B, T, D).

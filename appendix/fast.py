@@ -32,8 +32,8 @@ on fixed addresses, so no shape and no address may depend on the position (`Grap
     python -m appendix.fast                 time of one token on the toy, readable and fast
 Expect the fast one to take a third of the time on a CPU.
 
-Limits: one sequence at a time, no training. Models with sequential residuals or an odd rotated
-width stay readable.
+Limits: one sequence at a time, without gradients. Models with sequential residuals or an odd
+rotated width stay readable.
 Letters: T rows, N cached positions, D hidden size, I the MLP's width, H heads, K head size, R the
 rotated part of K.
 """
@@ -51,6 +51,7 @@ from model import TOY, InputError, Pythia, check_room, command_line, locate
 
 MOST_ROWS = 17      # rows of one graphed pass: a token and up to 16 drafts; longer ones are prompts
 PANEL = 32          # columns of a small matrix that NumPy multiplies at a time
+ONE_THREAD = 2 ** 19    # multiplications of one product from which on NumPy starts threads
 KEPT_STEPS = 32     # buffers are kept for passes of up to so many rows
 
 # ---------------------------------------------------------------- the door
@@ -94,11 +95,11 @@ def packs(dtype):
             return False
         x = torch.ones(1, 8, dtype=dtype)
         w = torch.ops.mkldnn._reorder_linear_weight(torch.eye(8, dtype=dtype), 16)
-        product = torch.ops.mkldnn._linear_pointwise.default(x, w, None, "none", [], "")
+        alone = torch.ops.mkldnn._linear_pointwise.default(x, w, None, "none", [], "")
         total = torch.ops.mkldnn._linear_pointwise.binary(x, x, w, None, "add")
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
-    return torch.equal(product, x) and torch.equal(total, 2 * x)
+    return torch.equal(alone, x) and torch.equal(total, 2 * x)
 
 
 class Product:
@@ -155,22 +156,23 @@ class PackedProduct(Product):
 class PanelProduct(Product):
     """By NumPy, with w cut into panels of 32 columns: each lies in one piece and is read in order.
 
-    For small matrices in float32, where a call of NumPy's library costs less than PyTorch's. Longer
-    x are left to PyTorch: they would start NumPy's threads, and the two libraries' would collide.
+    For small matrices in float32, where a call of NumPy's library costs less than PyTorch's. A
+    width that is no multiple of 32 makes one panel. Longer x are left to PyTorch: they would start
+    NumPy's threads, and the two libraries' would collide.
     """
 
     def __init__(self, w, b):
         super().__init__(w, b)
         n, m = w.shape
         width = PANEL if m % PANEL == 0 else m
-        self.most_rows = min(MOST_ROWS, 2 ** 20 // (n * width))
+        self.most_rows = min(MOST_ROWS, (ONE_THREAD - 1) // (n * width))
         panels = self.w.numpy().reshape(n, -1, width).swapaxes(0, 1)
         self.panels = np.ascontiguousarray(panels)                        # (m / width, n, width)
 
     def __call__(self, x):
         if len(x) > self.most_rows:
             return super().__call__(x)
-        out = torch.empty(len(x), self.w.shape[1])
+        out = x.new_empty(len(x), self.w.shape[1])                        # (T, m)
         self.into(out, x)
         return out
 
@@ -192,6 +194,7 @@ def product(w, b, dtype):
     """
     w, b = w.detach().to(dtype), None if b is None else b.detach().to(dtype)
     single = dtype == torch.float32
+    # narrower ones stay in the processor's cache, and oneDNN's call costs more than it saves
     if w.device.type == "cpu" and (min(w.shape) >= 256 or not single) and packs(dtype):
         return PackedProduct(w, b)
     if w.device.type == "cpu" and single and w.numel() <= 2 ** 18:
@@ -283,6 +286,7 @@ class Fused:
         self.R = rotated_width(config)
         self.blocks = [fold(block, self.R) for block in model.layers]
         self.out = fold_output(model.final_layer_norm, model.embed_out)
+        # then NumPy multiplies in attention, too
         self.small = isinstance(self.blocks[0][0], PanelProduct)
         cos, sin = model.angles(0, config.max_position_embeddings, model.embed_in.weight.float())
         self.turn = torch.complex(cos, sin)[..., :self.R // 2]            # (context, 1, R / 2)
@@ -305,6 +309,7 @@ class Fused:
     def unembed(self, x):
         return self.output(x, self.out)
 
+    # NumPy need not warn of numbers that are none: they are found in the logits, and said once
     @np.errstate(all="ignore")
     def output(self, x, matrix):
         """A plain normalisation of x (1, T, D), then a folded norm and matrix: (1, T, V)."""
@@ -314,8 +319,10 @@ class Fused:
         """Mean 0 and variance 1 for every row of x (T, D), without an affine part."""
         return torch.layer_norm(x, self.width, None, None, self.eps)
 
+    @np.errstate(all="ignore")
     def keys_values(self, x, block, cache):
-        """As Pythia.keys_values: only this part of the block, for x (1, T, D)."""
+        """As Pythia.keys_values, for x (1, T, D). The whole first product runs, and the rest of it
+        is not used."""
         x, n = x[0], cache.length[block]
         step = self.step(len(x), x)
         up, _ = self.blocks[block]
@@ -327,7 +334,7 @@ class Fused:
         """InputError unless n positions fit into the cache and into the context."""
         check_room(n, min(cache.max_len, len(self.turn)))
 
-    @np.errstate(all="ignore")                # NaN is found in the logits, and said once
+    @np.errstate(all="ignore")
     def run_folded(self, x, blocks, cache, start, between=None):
         """Rows x (T, D) through folded blocks -> (T, D). The cache holds their keys and values from
         its block `start` on."""
@@ -368,7 +375,7 @@ class Fused:
 
     def weigh(self, y, p, v):
         """Attention's second product, y = p v: p (H, T, n + T), v (H, n + T, K), y (H, T, K)."""
-        if self.small:
+        if self.small and p[0].numel() * v.shape[-1] < ONE_THREAD:
             np.matmul(p.numpy(), v.numpy(), out=y.numpy())
         else:
             y.copy_(torch.bmm(p, v))
@@ -454,6 +461,7 @@ class FusedBlockHead(FusedHead):
         self.shift = product(head.shift.weight.T, None, head.shift.weight.dtype)
         self.blocks = [fold(head.block, decoder.R)]
 
+    @np.errstate(all="ignore")
     def body(self, h, cache):
         if h.dtype != self.dtype:
             h = h.to(self.dtype)
@@ -554,6 +562,7 @@ class Graphed(Fused):
             compute()
         return rows, position, out, graph.replay
 
+    @np.errstate(all="ignore")
     def static(self, x, position, blocks, kv):
         """Rows x (T, D) at `position`, .. through folded blocks; kv (blocks, 2, H, N, K)."""
         z, pairs, q, new, y, hidden, both = self.step(len(x), x)

@@ -7,7 +7,8 @@ Whether a draft pays depends on the machine. So a few policies decode, and the c
     one draft     every round takes one draft from the first exit: T + first
     four drafts   T + first + 3 further
 
-The last two are AutoDSSD's rule, told that drafts are free. So its own time is part of the costs.
+The last two are AutoDSSD's rule, told that drafts are free. So its own time is part of a draft's
+cost. It is not part of a question's, where it would be about a twelfth.
 
 A first draft costs more than a later one: it splits the pass to full depth, and makes it one of
 several rows. A draft from a deeper exit costs more by the blocks up to there, for its own row. What
@@ -24,7 +25,7 @@ import argparse
 import math
 import time
 from pydoc_data.topics import topics
-from statistics import mean, median
+from statistics import fmean, median
 
 import torch
 
@@ -60,7 +61,7 @@ def costs_at(positions, decoder, heads, temperature, repeats):
                          for policy, drafts in policies])
     # a machine that is shared is slow at times: of all repeats the faster half counts
     faster = sorted(repeated, key=sum)[:(len(repeated) + 1) // 2]
-    plain, asking, one, several = [mean(times) for times in zip(*faster)]
+    plain, asking, one, several = [fmean(times) for times in zip(*faster)]
     # a draft from a deeper exit: that many more blocks, for a row of its own
     L = decoder.config.num_hidden_layers
     deeper = [plain * (n - exit) / L for n in heads.layers]

@@ -1,6 +1,7 @@
 """The fast twins: the readable model's values, and lossless decoding with them."""
 import math
 import random
+import warnings
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_more_tokens_than_fit_are_refused():
 @pytest.mark.parametrize("n, m, kind", [
     (40, 24, PanelProduct),                             # one panel
     (96, 192, PanelProduct),                            # six
-    (2048, 128, PanelProduct),                          # for 16 rows at most
+    (2048, 128, PanelProduct),                          # for 7 rows at most
     (64, 5000, Product),
     (256, 300, PackedProduct),
     (1024, 1024, PackedProduct)])                       # padded to four rows
@@ -107,7 +108,27 @@ def test_products_equal_plain_ones_in_float64(dtype, n, m, kind):
     if packs(dtype):
         assert type(multiply) is (kind if dtype == torch.float32 else PackedProduct)
     if kind is PanelProduct and dtype == torch.float32:
-        assert multiply.most_rows == (16 if n == 2048 else 17)
+        assert multiply.most_rows == (7 if n == 2048 else 17)
+
+
+def test_small_models_multiply_by_numpy_up_to_a_limit_and_never_warn(monkeypatch):
+    model = tiny()
+    heads = shaken(model, [2], "block")
+    decoder, twins = fast(model, heads)
+    assert decoder.small and not fast(tiny(hidden_size=256))[0].small
+    want = generate(model, [1, 2], 30, DSSD(heads, [2.0])).tokens
+    assert generate(decoder, [1, 2], 30, DSSD(twins, [2.0])).tokens == want
+    monkeypatch.setattr(room, "ONE_THREAD", 1)                            # all to PyTorch
+    decoder, twins = fast(model, heads)
+    assert generate(decoder, [1, 2], 30, DSSD(twins, [2.0])).tokens == want
+    monkeypatch.undo()
+    decoder, twins = fast(model, heads)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        broken, cache = torch.full((1, 2, 32), float("inf")), decoder.new_cache(1, 9)
+        decoder.unembed(decoder.run(broken, 0, 3, cache))
+        decoder.keys_values(broken, 3, cache)
+        twins.heads[0].body(broken, twins.heads[0].new_cache(1, 9))
 
 
 @pytest.mark.parametrize("packed", [True, False])     # False: as where nothing can be packed
