@@ -306,7 +306,7 @@ def distribution(logits, temperature, top_p):
 
 def draw(p, generator):
     """A token id drawn from p (V,), which need not sum to 1. Faster than torch.multinomial."""
-    upto = p.double().cumsum(-1)                                          # (V,)
+    upto = p.cumsum(-1, dtype=torch.double)                               # (V,)
     r = torch.rand((), dtype=torch.double, device=p.device, generator=generator) * upto[-1]
     # the first id with upto > r, so never one of probability 0
     return torch.searchsorted(upto, r, right=True).item()

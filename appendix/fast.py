@@ -50,7 +50,6 @@ from heads import BlockHead, ExitHead, ExitHeads, TiedHead
 from model import TOY, InputError, Pythia, check_room, command_line, locate
 
 MOST_ROWS = 17      # rows of one graphed pass: a token and up to 16 drafts; longer ones are prompts
-PANEL = 32          # columns of a small matrix that NumPy multiplies at a time
 ONE_THREAD = 2 ** 19    # multiplications of one product from which on NumPy starts threads
 KEPT_STEPS = 32     # buffers are kept for passes of up to so many rows
 
@@ -154,20 +153,26 @@ class PackedProduct(Product):
 
 
 class PanelProduct(Product):
-    """By NumPy, with w cut into panels of 32 columns: each lies in one piece and is read in order.
+    """By NumPy, with w cut into panels of columns: each lies in one piece and is read in order.
 
-    For small matrices in float32, where a call of NumPy's library costs less than PyTorch's. A
-    width that is no multiple of 32 makes one panel. Longer x are left to PyTorch: they would start
-    NumPy's threads, and the two libraries' would collide.
+    For small matrices in float32, where a call of NumPy's library costs less than PyTorch's. One or
+    two rows are fastest with narrow panels, more with wide ones. Longer x are left to PyTorch: they
+    would start NumPy's threads, and the two libraries' would collide.
     """
 
     def __init__(self, w, b):
         super().__init__(w, b)
-        n, m = w.shape
-        width = PANEL if m % PANEL == 0 else m
-        self.most_rows = min(MOST_ROWS, (ONE_THREAD - 1) // (n * width))
+        self.narrow, narrow_rows = self.cut(32)
+        self.wide, self.wide_rows = self.cut(64)
+        self.most_rows = max(narrow_rows, self.wide_rows)
+
+    def cut(self, width):
+        """w as panels (m / width, n, width), or as one where m is no multiple of the width, and how
+        many rows they take at most."""
+        n, m = self.w.shape
+        width = width if m % width == 0 else m
         panels = self.w.numpy().reshape(n, -1, width).swapaxes(0, 1)
-        self.panels = np.ascontiguousarray(panels)                        # (m / width, n, width)
+        return np.ascontiguousarray(panels), min(MOST_ROWS, (ONE_THREAD - 1) // (n * width))
 
     def __call__(self, x):
         if len(x) > self.most_rows:
@@ -179,9 +184,10 @@ class PanelProduct(Product):
     def into(self, out, x):
         if len(x) > self.most_rows:
             return super().into(out, x)
-        panels, _, width = self.panels.shape
-        parts = out.numpy().reshape(len(x), panels, width)
-        np.matmul(x.numpy(), self.panels, out=parts.swapaxes(0, 1))       # (m / width, T, width)
+        panels = self.wide if 2 < len(x) <= self.wide_rows else self.narrow
+        count, _, width = panels.shape
+        parts = out.numpy().reshape(len(x), count, width)
+        np.matmul(x.numpy(), panels, out=parts.swapaxes(0, 1))            # (m / width, T, width)
         if self.b is not None:
             out.add_(self.b)
 
