@@ -253,7 +253,7 @@ class Pythia(nn.Module):
         """
         V, on_cpu = self.config.vocab_size, ids.device.type == "cpu"
         try:
-            if on_cpu or ids.numel() == 1 or 0 <= ids.min() <= ids.max() < V:
+            if on_cpu or ids.numel() <= 1 or 0 <= ids.min() <= ids.max() < V:
                 return self.embed_in(ids)
         except IndexError:
             pass

@@ -162,9 +162,8 @@ class PanelProduct(Product):
 
     def __init__(self, w, b):
         super().__init__(w, b)
-        self.narrow, narrow_rows = self.cut(32)
-        self.wide, self.wide_rows = self.cut(64)
-        self.most_rows = max(narrow_rows, self.wide_rows)
+        self.narrow, self.most_rows = self.cut(32)
+        self.wide, self.wide_rows = self.cut(64)                          # of as many rows at most
 
     def cut(self, width):
         """w as panels (m / width, n, width), or as one where m is no multiple of the width, and how

@@ -105,10 +105,10 @@ def test_products_equal_plain_ones_in_float64(dtype, n, m, kind):
             assert torch.allclose(multiply.onto(rest, x).double(), rest.double() + want, **near)
             multiply.into(out, x)
             assert torch.allclose(out.double(), want, **near)
-    if packs(dtype):
-        assert type(multiply) is (kind if dtype == torch.float32 else PackedProduct)
-    if kind is PanelProduct and dtype == torch.float32:
-        assert multiply.most_rows == (7 if n == 2048 else 17)
+        if packs(dtype):
+            assert type(multiply) is (kind if dtype == torch.float32 else PackedProduct)
+        if kind is PanelProduct and dtype == torch.float32:
+            assert multiply.most_rows == (7 if n == 2048 else 17)
 
 
 def test_small_models_multiply_by_numpy_up_to_a_limit_and_never_warn(monkeypatch):
