@@ -20,7 +20,7 @@ there, both halves of a block read the same h.
 
 Why other products. PyTorch's product of few rows reads its matrix at half the memory's speed or
 less. oneDNN, a library behind PyTorch, has a layout of its own that it reads at nearly full speed.
-NumPy's library does so for small matrices, if they are cut into panels.
+For small models NumPy is faster still: see appendix/small.py.
 
 Why static shapes. On a GPU a small kernel is over before Python has launched the next one. A CUDA
 graph records all launches of a pass once and replays them with one call. It replays fixed kernels
@@ -50,7 +50,6 @@ from heads import BlockHead, ExitHead, ExitHeads, TiedHead
 from model import TOY, InputError, Pythia, check_room, command_line, locate
 
 MOST_ROWS = 17      # rows of one graphed pass: a token and up to 16 drafts; longer ones are prompts
-ONE_THREAD = 2 ** 19    # multiplications of one product from which on NumPy starts threads
 KEPT_STEPS = 32     # buffers are kept for passes of up to so many rows
 
 # ---------------------------------------------------------------- the door
@@ -67,7 +66,13 @@ def fast(model, heads=None, graphs=False):
     rotated = rotated_width(model.config)
     if not model.config.use_parallel_residual or rotated % 2 or rotated == 0:
         return model, heads
-    decoder = Graphed(model) if graphs else Fused(model)
+    from appendix.small import Small, is_small
+    if graphs:
+        decoder = Graphed(model)
+    elif is_small(model, heads):
+        decoder = Small(model)
+    else:
+        decoder = Fused(model)
     if heads is None:
         return decoder, None
     return decoder, FusedHeads(decoder, heads)
@@ -152,58 +157,17 @@ class PackedProduct(Product):
         return F.pad(x, (0, 0, 0, missing)) if missing > 0 else x
 
 
-class PanelProduct(Product):
-    """By NumPy, with w cut into panels of columns: each lies in one piece and is read in order.
-
-    For small matrices in float32, where a call of NumPy's library costs less than PyTorch's. One or
-    two rows are fastest with narrow panels, more with wide ones. Longer x are left to PyTorch: they
-    would start NumPy's threads, and the two libraries' would collide.
-    """
-
-    def __init__(self, w, b):
-        super().__init__(w, b)
-        self.narrow, self.most_rows = self.cut(32)
-        self.wide, self.wide_rows = self.cut(64)                          # of as many rows at most
-
-    def cut(self, width):
-        """w as panels (m / width, n, width), or as one where m is no multiple of the width, and how
-        many rows they take at most."""
-        n, m = self.w.shape
-        width = width if m % width == 0 else m
-        panels = self.w.numpy().reshape(n, -1, width).swapaxes(0, 1)
-        return np.ascontiguousarray(panels), min(MOST_ROWS, (ONE_THREAD - 1) // (n * width))
-
-    def __call__(self, x):
-        if len(x) > self.most_rows:
-            return super().__call__(x)
-        out = x.new_empty(len(x), self.w.shape[1])                        # (T, m)
-        self.into(out, x)
-        return out
-
-    def into(self, out, x):
-        if len(x) > self.most_rows:
-            return super().into(out, x)
-        panels = self.wide if 2 < len(x) <= self.wide_rows else self.narrow
-        count, _, width = panels.shape
-        parts = out.numpy().reshape(len(x), count, width)
-        np.matmul(x.numpy(), panels, out=parts.swapaxes(0, 1))            # (m / width, T, width)
-        if self.b is not None:
-            out.add_(self.b)
-
-
 def product(w, b, dtype):
     """x -> x w + b as what is fastest here for few rows.
 
-    In float32 two rows of PyTorch's own product cost twice one. Of the two others, four rows cost
-    little more than one.
+    In float32 two rows of PyTorch's own product cost twice one. Of oneDNN's, four rows cost little
+    more than one.
     """
     w, b = w.detach().to(dtype), None if b is None else b.detach().to(dtype)
-    single = dtype == torch.float32
     # narrower ones stay in the processor's cache, and oneDNN's call costs more than it saves
-    if w.device.type == "cpu" and (min(w.shape) >= 256 or not single) and packs(dtype):
+    wide = min(w.shape) >= 256 or dtype != torch.float32
+    if w.device.type == "cpu" and wide and packs(dtype):
         return PackedProduct(w, b)
-    if w.device.type == "cpu" and single and w.numel() <= 2 ** 18:
-        return PanelProduct(w, b)
     return Product(w, b)
 
 
@@ -219,8 +183,8 @@ def absorb(linear, norm):
     return w, b
 
 
-def fold(block, R):
-    """A parallel block as two Products, w1 (D, 3D + I) and w2 (D + I, D), with their offsets."""
+def fold(block, R, product):
+    """A parallel block as two products, w1 (D, 3D + I) and w2 (D + I, D), with their offsets."""
     w, b = fold_attention(block.attention, block.input_layernorm, R)      # (3D, D), (3D,)
     # GELU(h) = h (1 + erf(h / sqrt 2)) / 2. With g = h / sqrt 2 it is (g + g erf g) / sqrt 2:
     # one constant before it and one after it
@@ -257,8 +221,8 @@ def fold_attention(attention, norm, R):
     return w, b
 
 
-def fold_output(norm, linear):
-    """A LayerNorm and a matrix D -> V as one Product, to be used after a plain normalisation."""
+def fold_output(norm, linear, product):
+    """A LayerNorm and a matrix D -> V as one product, to be used after a plain normalisation."""
     w, b = absorb(linear, norm)
     return product(w.T, b, linear.weight.dtype)
 
@@ -289,19 +253,20 @@ class Fused:
         self.model, self.config, self.embed_in = model, config, model.embed_in
         self.width, self.eps = (config.hidden_size,), config.layer_norm_eps
         self.R = rotated_width(config)
-        self.blocks = [fold(block, self.R) for block in model.layers]
-        self.out = fold_output(model.final_layer_norm, model.embed_out)
-        # then NumPy multiplies in attention, too
-        self.small = isinstance(self.blocks[0][0], PanelProduct)
+        self.blocks = [fold(block, self.R, self.product) for block in model.layers]
+        self.out = fold_output(model.final_layer_norm, model.embed_out, self.product)
         cos, sin = model.angles(0, config.max_position_embeddings, model.embed_in.weight.float())
         self.turn = torch.complex(cos, sin)[..., :self.R // 2]            # (context, 1, R / 2)
         self.steps = {}                                                   # (T, type) -> Step
+
+    def product(self, w, b, dtype):
+        return product(w, b, dtype)
 
     def new_cache(self, batch=1, max_len=None):
         return self.placed(self.model.new_cache(batch, max_len), None)
 
     def placed(self, cache, owner):
-        """A new cache, where this decoder wants it: see Graphed."""
+        """A new cache, as and where this decoder wants it: see Small and Graphed."""
         return cache
 
     def embed(self, ids):
@@ -369,7 +334,7 @@ class Fused:
             else:
                 # a few rows: two small products are faster
                 scores = torch.bmm(q, k) if mask is None else torch.baddbmm(mask, q, k)
-                self.weigh(y, scores.softmax(-1), v)
+                y.copy_(torch.bmm(scores.softmax(-1), v))
             hidden.addcmul_(hidden, torch.erf(hidden))                    # sqrt(2) GELU: see fold
             x = down.onto(x, both.to(x.dtype) if widen else both)         # (T, D), a new tensor
             depth += 1
@@ -377,13 +342,6 @@ class Fused:
                 between[depth].copy_(x)
         cache.length[start:stop] = [n + T] * len(blocks)
         return x
-
-    def weigh(self, y, p, v):
-        """Attention's second product, y = p v: p (H, T, n + T), v (H, n + T, K), y (H, T, K)."""
-        if self.small and p[0].numel() * v.shape[-1] < ONE_THREAD:
-            np.matmul(p.numpy(), v.numpy(), out=y.numpy())
-        else:
-            y.copy_(torch.bmm(p, v))
 
     def step(self, T, like):
         """The Step of T rows.
@@ -443,7 +401,7 @@ class FusedHead:
         self.decoder, self.head = decoder, head
         self.dtype = head.norm.weight.dtype   # heads may be float32 on a bfloat16 model
         matrix = head.out if head.owns_matrix else head.backbone[0].embed_out
-        self.out = fold_output(head.norm, matrix)
+        self.out = fold_output(head.norm, matrix, decoder.product)
 
     def body(self, h, cache=None):
         return h.to(self.dtype)               # the norm is in `output`
@@ -463,8 +421,8 @@ class FusedBlockHead(FusedHead):
 
     def __init__(self, decoder, head):
         super().__init__(decoder, head)
-        self.shift = product(head.shift.weight.T, None, head.shift.weight.dtype)
-        self.blocks = [fold(head.block, decoder.R)]
+        self.shift = decoder.product(head.shift.weight.T, None, head.shift.weight.dtype)
+        self.blocks = [fold(head.block, decoder.R, decoder.product)]
 
     @np.errstate(all="ignore")
     def body(self, h, cache):

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import appendix.fast as room
-from appendix.fast import FusedHeads, PackedProduct, PanelProduct, Product, fast, packs, product
+from appendix import small
+from appendix.fast import FusedHeads, PackedProduct, Product, fast, packs, product
+from appendix.small import PanelProduct, Small
 from conftest import TOY, assert_refused, call, shaken, tiny
 from dssd import DSSD, EarlyExit, LayerSkip, Plain, generate
 from heads import KINDS, ExitHeads, held_out_prompts
@@ -78,21 +80,23 @@ def test_more_tokens_than_fit_are_refused():
                 fused.run(torch.randn(1, 1, 32), 0, 4, cache)
 
 
-@pytest.mark.parametrize("n, m, kind", [
-    (40, 24, PanelProduct),                             # one panel
-    (96, 192, PanelProduct),                            # six
-    (2048, 128, PanelProduct),                          # for 7 rows at most
-    (64, 5000, Product),
-    (256, 300, PackedProduct),
-    (1024, 1024, PackedProduct)])                       # padded to four rows
+@pytest.mark.parametrize("n, m, panels, kind", [
+    (40, 24, True, PanelProduct),                       # one panel
+    (96, 192, True, PanelProduct),                      # six
+    (2048, 128, True, PanelProduct),                    # for 7 rows at most
+    (64, 5000, True, Product),
+    (64, 128, False, Product),
+    (256, 300, False, PackedProduct),
+    (1024, 1024, False, PackedProduct)])                # padded to four rows
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_equal_plain_ones_in_float64(dtype, n, m, kind):
+def test_products_equal_plain_ones_in_float64(dtype, n, m, panels, kind):
     torch.manual_seed(0)
+    choose = fast(tiny())[0].product if panels else product
     w = torch.randn(n, m, dtype=torch.double).to(dtype).double()
     b = torch.randn(m).to(dtype)
     near = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.4}
     for offset in (b, None):
-        multiply = product(w, offset, dtype)
+        multiply = choose(w, offset, dtype)
         for T in (1, 2, 3, 4, 5, 18):
             x, rest = torch.randn(T, n).to(dtype), torch.randn(T, m).to(dtype)
             out = torch.empty(T, m)
@@ -115,10 +119,13 @@ def test_small_models_multiply_by_numpy_up_to_a_limit_and_never_warn(monkeypatch
     model = tiny()
     heads = shaken(model, [2], "block")
     decoder, twins = fast(model, heads)
-    assert decoder.small and not fast(tiny(hidden_size=256))[0].small
+    assert isinstance(decoder, Small)
+    for other in (fast(tiny(hidden_size=256)), fast(tiny().bfloat16()),
+                  fast(tiny(), shaken(tiny(), [2]).bfloat16()), fast(tiny(), graphs=True)):
+        assert not isinstance(other[0], Small)
     want = generate(model, [1, 2], 30, DSSD(heads, [2.0])).tokens
     assert generate(decoder, [1, 2], 30, DSSD(twins, [2.0])).tokens == want
-    monkeypatch.setattr(room, "ONE_THREAD", 1)                            # all to PyTorch
+    monkeypatch.setattr(small, "ONE_THREAD", 1)                           # all to PyTorch
     decoder, twins = fast(model, heads)
     assert generate(decoder, [1, 2], 30, DSSD(twins, [2.0])).tokens == want
     monkeypatch.undo()
