@@ -202,21 +202,19 @@ class Frontier:
     """
 
     def __init__(self, model, policy, capacity, log):
-        L, like = model.config.num_hidden_layers, model.embed_in.weight
         self.model, self.log = model, log
         consulted = [m for m, threshold in enumerate(policy.thresholds) if threshold is not None]
         self.heads = [policy.heads.heads[m] for m in consulted]
-        self.bounds = [0, *(policy.heads.layers[m] for m in consulted), L]
-        shape = len(self.bounds), 1, capacity, model.config.hidden_size
-        self.states = torch.empty(shape, device=like.device, dtype=like.dtype)
+        exits = [policy.heads.layers[m] for m in consulted]
+        self.bounds = [0, *exits, model.config.num_hidden_layers]
+        self.states = model.new_states(len(self.bounds), capacity)
         self.reached = [0] * len(self.bounds)
         self.cache = model.new_cache(1, capacity)
         self.head_caches = [head.new_cache(1, capacity) for head in self.heads]
 
     def enter(self, tokens):
         """New tokens arrive at depth 0."""
-        ids = torch.tensor([tokens], device=self.states.device)           # (1, n)
-        self.arrive(0, self.model.embed(ids))
+        self.arrive(0, self.model.embed([tokens]))
 
     def arrive(self, s, x):
         """Put x (1, n, D) behind the states that have reached bounds[s]."""

@@ -246,11 +246,13 @@ class Pythia(nn.Module):
         return model.eval()
 
     def embed(self, ids):
-        """Token ids (B, T) -> depth 0 of the residual stream (B, T, D). Or InputError: no such id.
+        """Token ids (B, T), a tensor or lists -> depth 0 of the residual stream (B, T, D). Or
+        InputError: no such id.
 
         On a CPU the look-up itself finds a wrong id. On a GPU a check waits for the device. So a
         single token, the model's own choice, is not checked there.
         """
+        ids = torch.as_tensor(ids, device=self.embed_in.weight.device)
         V, on_cpu = self.config.vocab_size, ids.device.type == "cpu"
         try:
             if on_cpu or ids.numel() <= 1 or 0 <= ids.min() <= ids.max() < V:
@@ -323,6 +325,11 @@ class Pythia(nn.Module):
         """ids (B, T) -> logits (B, T, V), and residual streams [(B, T, D)] at depths `exits`."""
         *hidden, last = self.hidden_states(ids, (*exits, self.config.num_hidden_layers))
         return self.unembed(last), hidden
+
+    def new_states(self, depths, room):
+        """Room for residual streams at so many depths: (depths, 1, room, D), of any values."""
+        like = self.embed_in.weight
+        return like.new_empty(depths, 1, room, self.config.hidden_size)
 
     def new_cache(self, batch=1, max_len=None):
         """An empty KVCache in the model's type and place. max_len defaults to the context."""

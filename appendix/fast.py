@@ -269,6 +269,14 @@ class Fused:
         """A new cache, as and where this decoder wants it: see Small and Graphed."""
         return cache
 
+    def twin(self, head):
+        """The twin of an exit head, or the head itself."""
+        twin = TWINS.get(type(head))
+        return head if twin is None else twin(self, head)
+
+    def new_states(self, depths, room):
+        return self.model.new_states(depths, room)
+
     def embed(self, ids):
         return self.model.embed(ids)
 
@@ -444,10 +452,7 @@ class FusedHeads:
     def __init__(self, decoder, heads):
         self.layers, self.kind, self.measure = heads.layers, heads.kind, heads.measure
         self.calibration, self.thresholds = heads.calibration, heads.thresholds
-        self.heads = []
-        for head in heads.heads:
-            twin = TWINS.get(type(head))
-            self.heads.append(head if twin is None else twin(decoder, head))
+        self.heads = [decoder.twin(head) for head in heads.heads]
 
 
 # ---------------------------------------------------------------- static shapes

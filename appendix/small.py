@@ -16,12 +16,12 @@ Normalisation, softmax and GELU stay PyTorch's, on the same memory.
 read their weights for longer than a call takes: there oneDNN is as fast.
 Letters: T rows, N cached positions, D hidden size, H heads, K head size.
 """
-from typing import NamedTuple
-
 import numpy as np
 import torch
 
-from appendix.fast import MOST_ROWS, Fused, Product, prompt_attention, rotate_pairs
+from appendix.fast import (MOST_ROWS, Fused, FusedBlockHead, FusedHead, Product, prompt_attention,
+                           rotate_pairs)
+from heads import BlockHead, ExitHead, TiedHead
 
 ONE_THREAD = 2 ** 19    # multiplications of one product from which on NumPy starts threads
 LARGEST = 2 ** 18       # entries of a matrix that is cut into panels
@@ -29,11 +29,12 @@ LARGEST = 2 ** 18       # entries of a matrix that is cut into panels
 
 def is_small(model, heads=None):
     """Whether this is the fastest twin of a model, with its heads."""
-    config, parameters = model.config, [*model.parameters(), *(heads.parameters() if heads else ())]
-    D = config.hidden_size
+    config, parts = model.config, [model] if heads is None else [model, *heads.heads]
+    D, own = config.hidden_size, [p for part in parts for p in part.parameters()]
     largest = D * (3 * D + config.intermediate_size)                      # entries of w1: see fold
-    fits = D < 256 and largest <= LARGEST
-    return fits and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in parameters)
+    return (D < 256 and largest <= LARGEST
+            and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in own)
+            and all(type(head) in TWINS for head in parts[1:]))
 
 
 class PanelProduct(Product):
@@ -83,38 +84,84 @@ def multiply(a, b, out):
         torch.from_numpy(out).copy_(torch.bmm(torch.from_numpy(a), torch.from_numpy(b)))
 
 
-class SmallStep(NamedTuple):
-    """As fast.Step. All but `pairs` and `hidden` are arrays."""
-    z: np.ndarray             # (T, 3D + I): q, k, v, the MLP's hidden layer
-    pairs: torch.Tensor       # rotated pairs of q and k: complex (T, 2H, R/2), or real (.., 2)
-    q: np.ndarray             # (H, T, K)
-    new: np.ndarray           # (2, H, T, K): keys and values
-    y: np.ndarray             # (H, T, K): attention's output, over v, which is in the cache by then
-    hidden: torch.Tensor      # (T, I): the MLP's hidden layer
-    both: np.ndarray          # (T, D + I): attention's output and the hidden layer, what w2 reads
-    later: np.ndarray         # (T, T): -inf where a row would see a later one
-
-
 class Small(Fused):
-    """Fused with NumPy's products. A cache is two arrays: keys (blocks, H, K, room) and values
-    (blocks, H, room, K)."""
+    """Fused in arrays: residual streams are arrays, and all products NumPy's. Logits are tensors.
+
+    A cache is two arrays, keys (blocks, H, K, room) and values (blocks, H, room, K).
+    """
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.table = model.embed_in.weight.detach().numpy()               # (V, D)
 
     def product(self, w, b, dtype):
-        if dtype == torch.float32 and w.numel() <= LARGEST:
-            return PanelProduct(w.detach().float(), None if b is None else b.detach().float())
-        return super().product(w, b, dtype)
+        w, b = w.detach().to(dtype), None if b is None else b.detach().to(dtype)
+        return PanelProduct(w, b) if w.numel() <= LARGEST else Product(w, b)
+
+    def twin(self, head):
+        return TWINS[type(head)](self, head)
+
+    def new_states(self, depths, room):
+        return self.model.new_states(depths, room).numpy()
 
     def placed(self, cache, owner):
         blocks, _, _, H, room, K = cache.kv.shape
         cache.kv = (np.empty((blocks, H, K, room), np.float32),
                     np.empty((blocks, H, room, K), np.float32))
+        if owner is not None:
+            cache.seen = cache.seen.numpy()
         return cache
 
     def new_step(self, T, dtype, device):
+        """A Step whose `pairs` and `hidden` are tensors, and all else arrays."""
         step = super().new_step(T, dtype, device)
         arrays = {name: getattr(step, name).numpy() for name in ("z", "q", "new", "y", "both")}
-        later = np.triu(np.full((T, T), -np.inf, np.float32), 1)
-        return SmallStep(**{**step._asdict(), **arrays}, later=later)
+        return step._replace(**arrays)
+
+    def embed(self, ids):
+        ids = np.asarray(ids)
+        if ids.size == 0 or ids.min() < 0 or ids.max() >= len(self.table):
+            return self.model.embed(torch.as_tensor(ids)).numpy()         # refuses wrong ones
+        return self.table[ids]
+
+    # NumPy need not warn of numbers that are none: they are found in the logits, and said once
+    @np.errstate(all="ignore")
+    def output(self, x, matrix):
+        return matrix(self.normalised(torch.from_numpy(np.asarray(x)[0])))[None]
+
+    @np.errstate(all="ignore")
+    def run(self, x, start, stop, cache, between=None):
+        return self.run_folded(np.asarray(x), self.blocks[start:stop], cache, start, between)
+
+    def run_folded(self, x, blocks, cache, start, between=None):
+        """Streams x (1, T, D) through folded blocks -> a new array (1, T, D)."""
+        T, n = x.shape[1], cache.length[start]
+        end = n + T
+        self.check_room(end, cache)
+        z, pairs, q, new, y, hidden, both = self.step(T, self.embed_in.weight)
+        turn = self.turn[n:end]                                           # (T, 1, R / 2)
+        prompt = n == 0 and T > 1
+        if not prompt:
+            scores = np.empty((len(q), T, end), np.float32)               # (H, T, n + T)
+        x, added = x.copy(), np.empty(x.shape[1:], np.float32)
+        stream = torch.from_numpy(x)                                      # the same memory
+        for depth, (up, down) in enumerate(blocks, start):
+            up.fill(z, self.normalised(stream).numpy()[0])
+            rotate_pairs(pairs, turn)
+            k, v = self.store(new, cache, depth)
+            if prompt:
+                y[:] = prompt_attention(*map(torch.from_numpy, (q, *new))).numpy()
+            else:
+                multiply(q, k, scores)
+                for i in range(1, T):
+                    scores[:, :i, n + i] = -np.inf                        # no row sees a later one
+                multiply(torch.from_numpy(scores).softmax(-1).numpy(), v, y)
+            hidden.addcmul_(hidden, torch.erf(hidden))                    # sqrt(2) GELU: see fold
+            down.fill(added, both)
+            x += added
+            if between and depth + 1 in between:
+                between[depth + 1][:] = x
+        return x
 
     def store(self, new, cache, block):
         """Keep new keys and values (2, H, T, K) -> the block's (H, K, n + T) and (H, n + T, K)."""
@@ -125,42 +172,33 @@ class Small(Fused):
         cache.length[block] = end
         return k, v
 
-    # NumPy need not warn of numbers that are none: they are found in the logits, and said once
     @np.errstate(all="ignore")
     def keys_values(self, x, block, cache):
-        x, n = x[0], cache.length[block]
+        x, n = torch.from_numpy(np.asarray(x)[0]), cache.length[block]
         step = self.step(len(x), x)
         up, _ = self.blocks[block]
         up.fill(step.z, self.normalised(x).numpy())
         rotate_pairs(step.pairs, self.turn[n:n + len(x)])
         self.store(step.new, cache, block)
 
+
+class SmallHead(FusedHead):
+    """A linear or tied head of a Small."""
+
+    def body(self, h, cache=None):
+        return h                              # the norm is in `output`
+
+
+class SmallBlockHead(FusedBlockHead):
+    """A block head of a Small."""
+
     @np.errstate(all="ignore")
-    def run_folded(self, x, blocks, cache, start, between=None):
-        T, n = len(x), cache.length[start]
-        end = n + T
-        self.check_room(end, cache)
-        z, pairs, q, new, y, hidden, both, later = self.step(T, x)
-        turn = self.turn[n:end]                                           # (T, 1, R / 2)
-        prompt = n == 0 and T > 1
-        if not prompt:
-            scores = np.empty((len(q), T, end), np.float32)               # (H, T, n + T)
-        x = x.clone()                                                     # rows, as they go deeper
-        rows, added = x.numpy(), np.empty(x.shape, np.float32)
-        for depth, (up, down) in enumerate(blocks, start):
-            up.fill(z, self.normalised(x).numpy())
-            rotate_pairs(pairs, turn)
-            k, v = self.store(new, cache, depth)
-            if prompt:
-                y[:] = prompt_attention(*map(torch.from_numpy, (q, *new))).numpy()
-            else:
-                multiply(q, k, scores)
-                if T > 1:
-                    scores[:, :, n:] += later
-                multiply(torch.from_numpy(scores).softmax(-1).numpy(), v, y)
-            hidden.addcmul_(hidden, torch.erf(hidden))
-            down.fill(added, both)
-            rows += added
-            if between and depth + 1 in between:
-                between[depth + 1].copy_(x)
-        return x
+    def body(self, h, cache):
+        h = np.asarray(h)
+        before, x = cache.push(h), np.empty(h.shape, np.float32)          # (1, T, D)
+        self.shift.fill(x[0], before[0])
+        x += h
+        return self.decoder.run_folded(x, self.blocks, cache, 0)
+
+
+TWINS = {ExitHead: SmallHead, TiedHead: SmallHead, BlockHead: SmallBlockHead}

@@ -3,12 +3,13 @@ import math
 import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 import appendix.fast as room
 from appendix import small
-from appendix.fast import FusedHeads, PackedProduct, Product, fast, packs, product
+from appendix.fast import FusedHeads, PackedProduct, Product, fast, packs
 from appendix.small import PanelProduct, Small
 from conftest import TOY, assert_refused, call, shaken, tiny
 from dssd import DSSD, EarlyExit, LayerSkip, Plain, generate
@@ -30,7 +31,7 @@ def test_fused_equals_readable(partial, kind, graphs):
     while at < 60:
         n = min(rnd.choice((1, 2, 7, 40)), 60 - at)
         a, b = (m.run(m.embed(ids[:, at:at + n]), 0, 4, c) for m, c in zip((model, fused), caches))
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(a, torch.as_tensor(b), rtol=1e-4, atol=1e-4)
         assert torch.allclose(model.unembed(a), fused.unembed(b), rtol=1e-4, atol=1e-3)
         at += n
     for head, twin in zip(heads.heads, twins.heads):
@@ -80,23 +81,27 @@ def test_more_tokens_than_fit_are_refused():
                 fused.run(torch.randn(1, 1, 32), 0, 4, cache)
 
 
-@pytest.mark.parametrize("n, m, panels, kind", [
-    (40, 24, True, PanelProduct),                       # one panel
-    (96, 192, True, PanelProduct),                      # six
-    (2048, 128, True, PanelProduct),                    # for 7 rows at most
-    (64, 5000, True, Product),
-    (64, 128, False, Product),
-    (256, 300, False, PackedProduct),
-    (1024, 1024, False, PackedProduct)])                # padded to four rows
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_equal_plain_ones_in_float64(dtype, n, m, panels, kind):
+SINGLE, HALF = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize("hidden, dtype, n, m, kind", [
+    (32, SINGLE, 40, 24, PanelProduct),                 # one panel
+    (32, SINGLE, 96, 192, PanelProduct),                # six
+    (32, SINGLE, 2048, 128, PanelProduct),              # for 7 rows at most
+    (32, SINGLE, 64, 5000, Product),
+    (256, SINGLE, 64, 128, Product),
+    (256, SINGLE, 256, 300, PackedProduct),
+    (256, HALF, 256, 300, PackedProduct),
+    (256, SINGLE, 1024, 1024, PackedProduct),           # padded to four rows
+    (256, HALF, 1024, 1024, PackedProduct)])
+def test_products_equal_plain_ones_in_float64(hidden, dtype, n, m, kind):
     torch.manual_seed(0)
-    choose = fast(tiny())[0].product if panels else product
+    decoder, _ = fast(tiny(hidden_size=hidden))
     w = torch.randn(n, m, dtype=torch.double).to(dtype).double()
     b = torch.randn(m).to(dtype)
-    near = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.4}
+    near = {"rtol": 1e-4, "atol": 1e-3} if dtype == SINGLE else {"rtol": 0.02, "atol": 0.4}
     for offset in (b, None):
-        multiply = choose(w, offset, dtype)
+        multiply = decoder.product(w, offset, dtype)
         for T in (1, 2, 3, 4, 5, 18):
             x, rest = torch.randn(T, n).to(dtype), torch.randn(T, m).to(dtype)
             out = torch.empty(T, m)
@@ -110,8 +115,11 @@ def test_products_equal_plain_ones_in_float64(dtype, n, m, panels, kind):
             multiply.into(out, x)
             assert torch.allclose(out.double(), want, **near)
         if packs(dtype):
-            assert type(multiply) is (kind if dtype == torch.float32 else PackedProduct)
-        if kind is PanelProduct and dtype == torch.float32:
+            assert type(multiply) is kind
+        if kind is PanelProduct:
+            filled = np.empty((T, m), np.float32)
+            multiply.fill(filled, x.numpy())
+            assert torch.allclose(torch.from_numpy(filled).double(), want, **near)
             assert multiply.most_rows == (7 if n == 2048 else 17)
 
 
