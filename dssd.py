@@ -290,9 +290,7 @@ class Draft(NamedTuple):
 
 def distribution(logits, temperature, top_p):
     """Probabilities (..., V): softmax at the temperature, cut to the top-p nucleus."""
-    logits = logits.float()
-    largest = logits.amax(-1, keepdim=True)              # so that no temperature overflows
-    p = ((logits - largest) / max(temperature, 1e-30)).softmax(-1)        # float32 ends at 1e-38
+    p = (logits.float() / max(temperature, 1e-30)).softmax(-1)            # float32 ends at 1e38
     if top_p < 1:
         ordered, at = p.sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered
@@ -318,11 +316,12 @@ class Choice(NamedTuple):
 
     def of(self, logits):
         """What logits (..., V) say: the likeliest ids (...), or probabilities (..., V)."""
+        if self.temperature > 0:
+            check_numbers(logits.amax(-1))
+            return distribution(logits, self.temperature, self.top_p)
         largest, likeliest = logits.max(-1)
         check_numbers(largest)
-        if self.temperature == 0:
-            return likeliest
-        return distribution(logits, self.temperature, self.top_p)
+        return likeliest
 
     def token(self, answer):
         """One answer of `of` -> a token id."""
@@ -331,7 +330,7 @@ class Choice(NamedTuple):
     def chance_kept(self, full, head):
         """How likely verification keeps a head's draft; answers of `of` -> (...)."""
         if self.temperature == 0:
-            return (full == head).float()
+            return full == head
         return torch.minimum(full, head).sum(-1)
 
 
