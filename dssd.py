@@ -48,7 +48,7 @@ import torch
 from confidence import MEASURES, is_certain
 from model import InputError, check_numbers, command_line, new_token_limit, seed_number
 
-MEMORY, GUESS = 0.98, 1.0         # a Record keeps this share at every answer; weight of its guess
+MEMORY, GUESS = 0.95, 2.0         # a Record keeps this share at every answer; weight of its guess
 RECENT, PROMISES = 0.9, 16        # ByGain keeps this share of recent rounds; weight of the records
 SHORTEST, LONGEST = 4, 64         # a rest of ByGain, in tokens
 
@@ -107,6 +107,8 @@ class Costs:
     first: float                  # the first draft of a round, from the first exit, with the asking
     further: float                # each later one, with the asking
     deeper: list                  # what a draft from each exit costs more than from the first
+    rows: list                    # what a pass of 1, 2, .. rows to full depth costs more than of 1
+    reading: float                # what an exit costs more for each position that it has not read
 
 
 def AutoDSSD(heads, costs, max_draft=16):
@@ -438,7 +440,8 @@ def costs_between(few, many, positions):
 
     return Costs(positions, blend(few.plain, many.plain), blend(few.question, many.question),
                  blend(few.first, many.first), blend(few.further, many.further),
-                 list(map(blend, few.deeper, many.deeper)))
+                 list(map(blend, few.deeper, many.deeper)), list(map(blend, few.rows, many.rows)),
+                 blend(few.reading, many.reading))
 
 
 class ByGain:
@@ -450,13 +453,14 @@ class ByGain:
     stopping. (The most tokens per second come when time is priced at what it brings elsewhere:
     Dinkelbach's rule for ratios.) The cost has two parts: a to ask a head, d to draft its answer.
 
-        first draft of a round      a = question     d = first - question + deeper_s
-        later ones                  a = further      d = deeper_s
+        first draft of a round      a = question + reading_s    d = first - question + deeper_s + row
+        later ones                  a = further + reading_s     d = deeper_s + row
 
+    reading_s is for the positions since exit s was asked, row for one more row of the verification.
     From the deepest exit to the shallowest, with nothing to gain beyond the deepest,
 
-        gain_s  = S p T - d; for the first draft also p^i T - further for i = 2, 3, if that is more
-                  than 0, as if the next two answers were as sure as this one
+        gain_s  = S p T - d; for the first draft also p^i T - further - row for i = 2, 3, if that is
+                  more than 0, as if the next two answers were as sure as this one
         value_s = mean over answers of max(gain_s, value_{s+1}) - a
 
     Exit s is asked if value_s > value_{s+1}, else value_s = value_{s+1}. It drafts if
@@ -482,8 +486,10 @@ class ByGain:
         self.tokens, self.ms = 8.0, 8 * self.costs.plain
         # this round: drafts, S, ms so far, (row, exit, bin, answer) of every question, bins by exit
         self.drafted, self.chance, self.spent, self.asked, self.bins = 0, 1.0, 0.0, [], []
-        # this question: T; a, and d without deeper_s; by exit its bins' gains, and value_{s+1}
-        self.token_ms, self.ask_ms, self.draft_ms = self.costs.plain, 0.0, 0.0
+        # positions since the prompt that are settled, and by exit how many it has read
+        self.end, self.read = 0, [0] * len(self.records)
+        # this question: T; a by exit, d without deeper_s; by exit its bins' gains, and value_{s+1}
+        self.token_ms, self.ask_ms, self.draft_ms = self.costs.plain, [], 0.0
         self.gains, self.refusal = [], []
 
     def read_prompt(self, frontier, full):
@@ -505,10 +511,11 @@ class ByGain:
             self.bins = [record.bins() for record in self.records]
         # what this question and its draft cost
         self.drafted, self.token_ms = drafted, min(self.costs.plain, self.ms / self.tokens)
+        ask, draft = self.costs.further, 0.0
         if drafted == 0:
-            self.ask_ms, self.draft_ms = self.costs.question, self.costs.first - self.costs.question
-        else:
-            self.ask_ms, self.draft_ms = self.costs.further, 0.0
+            ask, draft = self.costs.question, self.costs.first - self.costs.question
+        self.ask_ms = [ask + self.costs.reading * (self.end + drafted - n) for n in self.read]
+        self.draft_ms = draft + self.row_ms(drafted)
         values = self.values()
         exits = [s for s, value in enumerate(values) if value > self.refusal[s]]
         if drafted == 0:
@@ -529,14 +536,20 @@ class ByGain:
                 gains = [gain + self.ahead(p) for gain, (_, p) in zip(gains, self.bins[s])]
             for gain, (share, _) in zip(gains, self.bins[s]):
                 mean += share * max(gain, beyond)
-            self.gains[s], self.refusal[s], values[s] = gains, beyond, mean - self.ask_ms
+            self.gains[s], self.refusal[s], values[s] = gains, beyond, mean - self.ask_ms[s]
             beyond = max(beyond, values[s])
         return values
 
     def ahead(self, p):
         """What the next two drafts would bring, if they were as sure as the first one."""
-        T, further = self.token_ms, self.costs.further
-        return max(0.0, p ** 2 * T - further) + max(0.0, p ** 3 * T - further)
+        T, cost = self.token_ms, self.costs.further + self.row_ms(1)
+        return max(0.0, p ** 2 * T - cost) + max(0.0, p ** 3 * T - cost)
+
+    def row_ms(self, drafted):
+        """What one more draft adds to the verification of so many."""
+        rows = self.costs.rows
+        n = min(drafted + 1, len(rows) - 1)
+        return rows[n] - rows[n - 1]
 
     def rest_unless_it_pays(self, best):
         """Rest after this round, longer each time, unless recent rounds and the best value pay."""
@@ -550,7 +563,8 @@ class ByGain:
         b = bisect(self.records[s].edges, self.measure(z).item())
         drafts = self.gains[s][b] > self.refusal[s]
         self.asked.append((self.drafted, s, b, answer))
-        self.spent += self.ask_ms
+        self.spent += self.ask_ms[s]
+        self.read[s] = self.end + self.drafted + 1
         if drafts:
             self.spent += self.draft_ms + self.costs.deeper[s]
             _, p = self.bins[s][b]
@@ -566,6 +580,8 @@ class ByGain:
             if row <= kept:
                 self.records[s].learn(b, self.choice.chance_kept(full[row], answer).item())
         self.asked = []
+        self.end += kept + 1
+        self.read = [min(n, self.end) for n in self.read]
 
 
 # ---------------------------------------------------------------- the loop

@@ -4,10 +4,12 @@ Whether a draft pays depends on the machine. So a few policies decode, and the c
 
     plain         a step of plain decoding: T
     question      a head is asked before every step, and never certain: T + question
-    one draft     every round takes one draft from the first exit: T + first
-    four drafts   T + first + 3 further
+    one draft     every round takes one draft from the first exit: T + first + its row
+    four drafts   T + first + 3 further + their rows
+    rows          passes of 1 to 17 rows to full depth: a row is what one more costs
+    reading       an exit reads one position, or nine
 
-The last two are AutoDSSD's rule, told that drafts are free. So its own time is part of a draft's
+The two with drafts are AutoDSSD's rule, told that drafts are free. So its own time is part of a draft's
 cost. It is not part of a question's, where it would be about a twelfth.
 
 A first draft costs more than a later one: it splits the pass to full depth, and makes it one of
@@ -37,6 +39,7 @@ HARD = (("code", 64, 0.0), ("English", 64, 0.0), ("random", 64, 0.0), ("code", 6
         ("English", 64, 0.8), ("English", 64, 1.2), ("random", 64, 1.0), ("code", 1024, 0.0),
         ("English", 1024, 0.0), ("code", 1900, 0.0))      # text, tokens of the prompt, temperature
 MORE, ROUNDS = 3, 12             # drafts after the first, where they are timed; rounds of a repeat
+ROWS, UNREAD = 17, 8             # of a pass: a token and 16 drafts; of an exit that must read on
 LONGEST, FORBIDDEN = 10, 1e9     # seconds of repeats; milliseconds of what is not to happen
 
 
@@ -52,21 +55,28 @@ def costs_at(positions, decoder, heads, temperature, repeats):
     exit, *others = heads.layers
     never = [-math.inf, *(None for _ in others)]
     # where drafts from the first exit cost nothing, the rule drafts up to its cap
-    free = [Costs(n, 1.0, 0.0, 0.0, 0.0, [0.0, *(FORBIDDEN for _ in others)]) for n in (0, 1)]
+    forbidden = [0.0, *(FORBIDDEN for _ in others)]
+    free = [Costs(n, 1.0, 0.0, 0.0, 0.0, forbidden, [0.0, 0.0], 0.0) for n in (0, 1)]
     policies = ((Plain(), 0), (DSSD(heads, never), 0), (AutoDSSD(heads, free, 1), 1),
                 (AutoDSSD(heads, free, 1 + MORE), 1 + MORE))      # and the drafts of a round
     repeated, begin = [], time.perf_counter()
     while len(repeated) < repeats and (not repeated or time.perf_counter() - begin < LONGEST):
-        repeated.append([usual_round_ms(decoder, policy, drafts, positions, temperature)
-                         for policy, drafts in policies])
+        rounds = [usual_round_ms(decoder, policy, drafts, positions, temperature)
+                  for policy, drafts in policies]
+        repeated.append([*rounds, *rows_ms(decoder, positions),
+                         *reading_ms(decoder, heads.heads[0], positions)])
     # a machine that is shared is slow at times: of all repeats the faster half counts
     faster = sorted(repeated, key=sum)[:(len(repeated) + 1) // 2]
-    plain, asking, one, several = [fmean(times) for times in zip(*faster)]
+    plain, asking, one, several, *rows, short, long = [fmean(times) for times in zip(*faster)]
+    # where more rows take less time, as four do on some machines, fewer could be padded
+    rows = [max(0.0, min(rows[n:]) - rows[0]) for n in range(ROWS)]
     # a draft from a deeper exit: that many more blocks, for a row of its own
     L = decoder.config.num_hidden_layers
     deeper = [plain * (n - exit) / L for n in heads.layers]
-    return Costs(positions, plain, question=max(0.0, asking - plain), first=max(0.0, one - plain),
-                 further=max(0.0, (several - one) / MORE), deeper=deeper)
+    return Costs(positions, plain, question=max(0.0, asking - plain),
+                 first=max(0.0, one - plain - rows[1]),
+                 further=max(0.0, (several - one - rows[1 + MORE] + rows[1]) / MORE),
+                 deeper=deeper, rows=rows, reading=max(0.0, (long - short) / UNREAD))
 
 
 def usual_round_ms(decoder, policy, drafts, positions, temperature):
@@ -76,6 +86,40 @@ def usual_round_ms(decoder, policy, drafts, positions, temperature):
     next(tokens)                          # after the prompt
     times = [round_ms(tokens, log, drafts) for _ in range(ROUNDS)]
     return median([ms for ms in times if ms < math.inf] or [math.inf])
+
+
+@torch.inference_mode()
+def rows_ms(decoder, positions):
+    """The times of passes of 1, 2, .. ROWS rows to full depth, as a verification takes."""
+    config = decoder.config
+    most = min(ROWS, config.max_position_embeddings - positions)
+    x, cache = decoder.embed([[1] * (positions + most)]), decoder.new_cache(1, positions + most)
+    decoder.run(x[:, :positions], 0, config.num_hidden_layers, cache)
+    fastest = [math.inf] * most
+    for _ in range(3):
+        for rows in range(1, most + 1):
+            begin = time.perf_counter()
+            out = decoder.run(x[:, :rows], 0, config.num_hidden_layers, cache)
+            decoder.unembed(out).argmax(-1).tolist()
+            fastest[rows - 1] = min(fastest[rows - 1], 1000 * (time.perf_counter() - begin))
+            cache.truncate(positions)
+    return fastest + fastest[-1:] * (ROWS - most)
+
+
+@torch.inference_mode()
+def reading_ms(decoder, head, positions):
+    """The times in which an exit reads one position, and 1 + UNREAD."""
+    cache, x = head.new_cache(1, positions + 1 + UNREAD), decoder.embed([[1] * (1 + UNREAD)])
+    if cache is None:
+        return [0.0, 0.0]
+    head.body(decoder.embed([[1] * positions]), cache)
+    times = []
+    for rows in (1, 1 + UNREAD, 1, 1 + UNREAD):                           # the first two warm up
+        begin = time.perf_counter()
+        head.body(x[:, :rows], cache)
+        times.append(1000 * (time.perf_counter() - begin))
+        cache.truncate(positions)
+    return times[2:]
 
 
 def round_ms(tokens, log, drafts):
@@ -98,7 +142,8 @@ def show(costs, heads):
     print(f"{costs.positions} positions cached: a plain step takes {costs.plain:.2f} ms, "
           f"a question {costs.question:.2f} ms more")
     for exit, deeper in zip(heads.layers, costs.deeper):
-        first, further = costs.first + deeper, costs.further + deeper
+        row, rows = costs.rows[1], costs.rows[1 + MORE] - costs.rows[1]
+        first, further = costs.first + deeper + row, costs.further + deeper + rows / MORE
         print(f"  exit {exit}: a round's first draft {first:.2f} ms, pays alone from p = "
               f"{first / costs.plain:.2f} on; "
               f"each later one {further:.2f} ms, {further / costs.plain:.2f}")

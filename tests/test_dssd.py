@@ -245,7 +245,8 @@ def test_a_summary_adds_generations_up():
 
 def priced(plain, question, draft, exits=3):
     """Two Costs, in ms, the same for all positions and drafts. A draft's includes the question."""
-    return [Costs(n, plain, question, draft, draft, [0.0] * exits) for n in (0, 1000)]
+    return [Costs(n, plain, question, draft, draft, [0.0] * exits, [0.0, 0.0], 0.0)
+            for n in (0, 1000)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -289,7 +290,7 @@ def test_the_rule_by_hand():
     model = tiny()
     heads = shaken(model, [1, 3])
     heads.calibration = {"0.90": [1.0, 1.0]}
-    costs = [Costs(n, 10.0, 0.5, 2.5, 3.0, [0.0, 1.0]) for n in (0, 1000)]
+    costs = [Costs(n, 10.0, 0.5, 2.5, 3.0, [0.0, 1.0], [0.0, 0.0], 0.0) for n in (0, 1000)]
     rule = ByGain(AutoDSSD(heads, costs), 100, D.Choice(0.0, 1.0, None))
     for record, chances in zip(rule.records, ((0.9, 0.1), (0.8, 0.7))):
         record.seen, record.right = [1.0, 1.0], list(chances)
@@ -312,7 +313,7 @@ def test_rounds_that_save_nothing_end_in_a_rest_whatever_the_records_say():
     """The records promise 0.8 ms a round, but rounds lose 3: they cost 13 ms and keep nothing."""
     heads = shaken(tiny(), [1])
     heads.calibration = {}
-    costs = [Costs(n, 10.0, 1.0, 3.0, 30.0, [0.0]) for n in (0, 1000)]
+    costs = [Costs(n, 10.0, 1.0, 3.0, 30.0, [0.0], [0.0, 0.0], 0.0) for n in (0, 1000)]
     rule = ByGain(AutoDSSD(heads, costs), 100, D.Choice(0.0, 1.0, None))
     rounds = 0
     while rule.rest == 0:

@@ -29,9 +29,11 @@ def test_costs_are_those_of_the_work_that_is_done(monkeypatch):
     few, many = T.measure_costs(model, heads, repeats=2)
     assert (few.positions, many.positions) == (4, 32)
     for costs in (few, many):
-        # a plain step: 4 blocks; a draft: 4 blocks for one more row; a question: no block. From
-        # exit 3 a draft takes as many, but counts as if the verification's rows came free
-        assert [costs.plain, costs.first, costs.further] == pytest.approx([4, 4, 4])
+        # a plain step and one more row of a verification: 4 blocks; a question: no block. A draft
+        # does the first block of its row, and the verification the other three. So it adds nothing
+        assert costs.plain == pytest.approx(4)
+        assert costs.rows == pytest.approx([4 * row for row in range(17)])
+        assert [costs.first, costs.further, costs.reading] == pytest.approx([0, 0, 0])
         assert costs.question == pytest.approx(0) and costs.deeper == pytest.approx([0, 2])
 
 
@@ -39,7 +41,9 @@ def test_a_short_context_holds_rounds_enough(monkeypatch):
     """Where all drafts are kept, 12 tokens are six rounds of one draft, and two of four."""
     model = clocked(silence(tiny(max_position_embeddings=24), (2, 3)), monkeypatch)
     for costs in T.measure_costs(model, ExitHeads(model, [2], "tied"), repeats=2):
-        assert [costs.plain, costs.first, costs.further] == pytest.approx([4, 4, 4])
+        assert [costs.plain, costs.first, costs.further] == pytest.approx([4, 0, 0])
+        assert costs.rows[:9] == pytest.approx([4 * row for row in range(9)])
+        assert len(costs.rows) == 17
 
 
 def test_measured_costs_make_a_lossless_policy():
