@@ -325,6 +325,10 @@ class Choice(NamedTuple):
         check_numbers(largest)
         return likeliest
 
+    def each(self, answers):
+        """What `of` said of several positions -> a list: ids, or probabilities (V,) each."""
+        return answers.tolist() if self.temperature == 0 else answers.unbind()
+
     def token(self, answer):
         """One answer of `of` -> a token id."""
         return answer.item() if self.temperature == 0 else draw(answer, self.generator)
@@ -347,10 +351,10 @@ def propose(frontier, rule, drafted, choice):
 
 
 def verify(full, drafts, choice):
-    """The accept rule: the full model's answers (n + 1, ..) at n drafts -> (kept, next token)."""
+    """The accept rule: the full model's n + 1 answers at n drafts -> (kept, next token)."""
     # greedy: keep x_i while x_i = argmax z_L
     if choice.temperature == 0:
-        full, kept = full.tolist(), 0
+        kept = 0
         while kept < len(drafts) and drafts[kept].token == full[kept]:
             kept += 1
         return kept, full[kept]
@@ -484,8 +488,9 @@ class ByGain:
         self.wait, self.rest = SHORTEST, 0
         # recent rounds that asked: their tokens, and their ms as the costs say
         self.tokens, self.ms = 8.0, 8 * self.costs.plain
-        # this round: drafts, S, ms so far, (row, exit, bin, answer) of every question, bins by exit
-        self.drafted, self.chance, self.spent, self.asked, self.bins = 0, 1.0, 0.0, [], []
+        self.bins = [record.bins() for record in self.records]
+        # this round: drafts, S, ms so far, (row, exit, bin, answer) of every question
+        self.drafted, self.chance, self.spent, self.asked = 0, 1.0, 0.0, []
         # positions since the prompt that are settled, and by exit how many it has read
         self.end, self.read = 0, [0] * len(self.records)
         # this question: T; a by exit, d without deeper_s; by exit its bins' gains, and value_{s+1}
@@ -499,6 +504,7 @@ class ByGain:
             chances = self.choice.chance_kept(full, self.choice.of(z))    # (n,)
             for u, chance in zip(self.measure(z).tolist(), chances.tolist()):
                 record.learn(bisect(record.edges, u), chance)
+            self.bins[s] = record.bins()
 
     def exits_to_ask(self, drafted):
         """The exits that are worth asking, shallow first."""
@@ -508,7 +514,6 @@ class ByGain:
             if self.rest:
                 self.rest -= 1
                 return []
-            self.bins = [record.bins() for record in self.records]
         # what this question and its draft cost
         self.drafted, self.token_ms = drafted, min(self.costs.plain, self.ms / self.tokens)
         ask, draft = self.costs.further, 0.0
@@ -528,22 +533,19 @@ class ByGain:
         """value_s of every exit s. Keeps gain_s of every bin, and value_{s+1}, for `drafts`."""
         exits, beyond = len(self.records), 0.0
         values, self.gains, self.refusal = [0.0] * exits, [[]] * exits, [0.0] * exits
-        worth = self.chance * self.token_ms                               # S T
+        T, further = self.token_ms, self.costs.further + self.row_ms(1)
         for s in reversed(range(exits)):
-            d, mean = self.draft_ms + self.costs.deeper[s], 0.0
-            gains = [worth * p - d for _, p in self.bins[s]]
-            if self.drafted == 0:
-                gains = [gain + self.ahead(p) for gain, (_, p) in zip(gains, self.bins[s])]
-            for gain, (share, _) in zip(gains, self.bins[s]):
+            d, gains, mean = self.draft_ms + self.costs.deeper[s], [], 0.0
+            for share, p in self.bins[s]:
+                gain = self.chance * p * T - d
+                # ahead of the first: what the next two would bring, if they were as sure
+                if self.drafted == 0 and p ** 2 * T > further:
+                    gain += p ** 2 * T - further + max(0.0, p ** 3 * T - further)
+                gains.append(gain)
                 mean += share * max(gain, beyond)
             self.gains[s], self.refusal[s], values[s] = gains, beyond, mean - self.ask_ms[s]
             beyond = max(beyond, values[s])
         return values
-
-    def ahead(self, p):
-        """What the next two drafts would bring, if they were as sure as the first one."""
-        T, cost = self.token_ms, self.costs.further + self.row_ms(1)
-        return max(0.0, p ** 2 * T - cost) + max(0.0, p ** 3 * T - cost)
 
     def row_ms(self, drafted):
         """What one more draft adds to the verification of so many."""
@@ -579,6 +581,7 @@ class ByGain:
         for row, s, b, answer in self.asked:
             if row <= kept:
                 self.records[s].learn(b, self.choice.chance_kept(full[row], answer).item())
+                self.bins[s] = self.records[s].bins()
         self.asked = []
         self.end += kept + 1
         self.read = [min(n, self.end) for n in self.read]
@@ -599,7 +602,7 @@ def decode(model, ids, limit, policy, choice, stop, log):
     log.prompt = len(ids)
     frontier.enter(ids)
     full = choice.of(frontier.full_depth(min(rule.prompt_rows, len(ids))))
-    _, token = verify(full[-1:], [], choice)
+    _, token = verify(choice.each(full[-1:]), [], choice)
     rule.read_prompt(frontier, full)
     drafts, settled, emitted = [], [(token, L)], 0
     while True:
@@ -622,7 +625,7 @@ def decode(model, ids, limit, policy, choice, stop, log):
         settled = []
         if proposal is None:
             # nobody is certain: the full model verifies all drafts in one pass
-            full = choice.of(frontier.full_depth(len(drafts) + 1))
+            full = choice.each(choice.of(frontier.full_depth(len(drafts) + 1)))
             kept, token = verify(full, drafts, choice)
             rule.learn(full, kept)
             rejected = len(drafts) - kept

@@ -294,6 +294,7 @@ def test_the_rule_by_hand():
     rule = ByGain(AutoDSSD(heads, costs), 100, D.Choice(0.0, 1.0, None))
     for record, chances in zip(rule.records, ((0.9, 0.1), (0.8, 0.7))):
         record.seen, record.right = [1.0, 1.0], list(chances)
+    rule.bins = [record.bins() for record in rule.records]
     # the first draft, and two more if they were as sure. Exit 3, with p = 0.8: 8 - 2 - 1, and
     # 6.4 - 3 and 5.12 - 3; with p = 0.7: 7 - 3 + 1.9 + 0.43. Exit 1, with p = 0.9: 7 + 5.1 + 4.29
     third = (10.52 + 6.33) / 2 - 0.5
@@ -317,11 +318,11 @@ def test_rounds_that_save_nothing_end_in_a_rest_whatever_the_records_say():
     rule = ByGain(AutoDSSD(heads, costs), 100, D.Choice(0.0, 1.0, None))
     rounds = 0
     while rule.rest == 0:
-        rule.records[0].seen, rule.records[0].right = [1.0], [0.38]
+        rule.bins = [[(1.0, 0.38)]]
         assert rule.exits_to_ask(0) == [0] and rounds < 20
         assert rule.drafts(0, torch.zeros(2048), torch.tensor(1))
         assert rule.spent == pytest.approx(13)
-        rule.learn(torch.tensor([0, 0]), 0)
+        rule.learn([0, 0], 0)
         rounds += 1
     # saved: -3, -5.7, .. -14.1 ms after 1, 2, .. 6 rounds, beside 16 times the promise; one more
     assert rounds == 7 and rule.rest == 4 and [rule.exits_to_ask(0) for _ in range(4)] == [[]] * 4
