@@ -536,6 +536,8 @@ class ByGain:
         T, further = self.token_ms, self.costs.further + self.row_ms(1)
         for s in reversed(range(exits)):
             d, gains, mean = self.draft_ms + self.costs.deeper[s], [], 0.0
+            if self.drafted > 0 and self.chance * T - d - self.ask_ms[s] <= beyond:
+                continue                      # not even an answer that is sure would pay
             for share, p in self.bins[s]:
                 gain = self.chance * p * T - d
                 # ahead of the first: what the next two would bring, if they were as sure

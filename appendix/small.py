@@ -120,9 +120,12 @@ class Small(Fused):
 
     def embed(self, ids):
         ids = np.asarray(ids)
-        if ids.size == 0 or ids.min() < 0 or ids.max() >= len(self.table):
-            return self.model.embed(torch.as_tensor(ids)).numpy()         # refuses wrong ones
-        return self.table[ids]
+        try:
+            if ids.min(initial=0) >= 0:
+                return self.table[ids]
+        except IndexError:
+            pass
+        return self.model.embed(ids).numpy()                              # it refuses wrong ones
 
     # NumPy need not warn of numbers that are none: they are found in the logits, and said once
     @np.errstate(all="ignore")
