@@ -32,9 +32,8 @@ def is_small(model, heads=None):
     config, parts = model.config, [model] if heads is None else [model, *heads.heads]
     D, own = config.hidden_size, [p for part in parts for p in part.parameters()]
     largest = D * (3 * D + config.intermediate_size)                      # entries of w1: see fold
-    return (D < 256 and largest <= LARGEST
-            and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in own)
-            and all(type(head) in TWINS for head in parts[1:]))
+    fits = D < 256 and largest <= LARGEST
+    return fits and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in own)
 
 
 class PanelProduct(Product):
@@ -99,7 +98,7 @@ class Small(Fused):
         return PanelProduct(w, b) if w.numel() <= LARGEST else Product(w, b)
 
     def twin(self, head):
-        return TWINS[type(head)](self, head)
+        return TWINS.get(type(head), OtherHead)(self, head)
 
     def new_states(self, depths, room):
         return self.model.new_states(depths, room).numpy()
@@ -202,6 +201,19 @@ class SmallBlockHead(FusedBlockHead):
         self.shift.fill(x[0], before[0])
         x += h
         return self.decoder.run_folded(x, self.blocks, cache, 0)
+
+
+class OtherHead(FusedHead):
+    """Any other head, as it is: it reads tensors."""
+
+    def __init__(self, decoder, head):
+        self.head = head
+
+    def body(self, h, cache=None):
+        return self.head.body(torch.from_numpy(np.asarray(h)), cache)
+
+    def output(self, x):
+        return self.head.output(x)
 
 
 TWINS = {ExitHead: SmallHead, TiedHead: SmallHead, BlockHead: SmallBlockHead}

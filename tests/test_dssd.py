@@ -310,6 +310,31 @@ def test_the_rule_by_hand():
     assert record.bins()[1][1] == pytest.approx((D.MEMORY * 0.1 + 1) / (D.MEMORY + 1))
 
 
+def test_a_row_that_is_dear_ends_a_round_and_unread_positions_are_charged():
+    heads = shaken(tiny(), [1, 3])
+    heads.calibration = {}
+    rows = [0.0, 0.5, 1.0, 9.0, 9.5]                     # the fourth row starts a second load
+    costs = [Costs(n, 10.0, 0.5, 2.0, 1.0, [0.0, 1.0], rows, 0.25) for n in (0, 1000)]
+    rule = ByGain(AutoDSSD(heads, costs), 100, D.Choice(0.0, 1.0, None))
+    rule.bins = [[(1.0, 0.9)], [(1.0, 0.05)]]
+    z, answer = torch.zeros(2048), torch.tensor(1)
+    for drafted in (0, 1):
+        assert rule.exits_to_ask(drafted) == [0] and rule.drafts(0, z, answer)
+    # first: 2 and a row of 0.5; second: 1 and 0.5. A third brings 0.9^3 of 10 ms, for 1 and 8
+    assert rule.spent == pytest.approx(10 + 2.5 + 1.5) and rule.row_ms(2) == 8
+    assert rule.exits_to_ask(2) == []
+    assert rule.row_ms(3) == rule.row_ms(9) == 0.5       # beyond what was measured: the last row
+    # one of two was kept. Exit 1 has read what is settled, exit 3 none of it
+    rule.learn([1, 0, 0], 1)
+    rule.exits_to_ask(0)
+    assert rule.ask_ms == pytest.approx([0.5, 0.5 + 2 * 0.25])
+    # after a rest of three tokens both have to read
+    for _ in range(3):
+        rule.learn([0], 0)
+    rule.exits_to_ask(0)
+    assert rule.ask_ms == pytest.approx([0.5 + 3 * 0.25, 0.5 + 5 * 0.25])
+
+
 def test_rounds_that_save_nothing_end_in_a_rest_whatever_the_records_say():
     """The records promise 0.8 ms a round, but rounds lose 3: they cost 13 ms and keep nothing."""
     heads = shaken(tiny(), [1])
