@@ -104,8 +104,8 @@ class Costs:
     positions: int
     plain: float                  # a step of plain decoding
     question: float               # to ask an exit, which then does not draft
-    first: float                  # the first draft of a round, from the first exit, with the asking
-    further: float                # each later one, with the asking
+    first: float                  # the first draft of a round, from the first exit, with the
+    further: float                # asking, without its row of the verification; each later one
     deeper: list                  # what a draft from each exit costs more than from the first
     rows: list                    # what a pass of 1, 2, .. rows to full depth costs more than of 1
     reading: float                # what an exit costs more for each position that it has not read
@@ -292,7 +292,7 @@ class Draft(NamedTuple):
 
 def distribution(logits, temperature, top_p):
     """Probabilities (..., V): softmax at the temperature, cut to the top-p nucleus."""
-    p = (logits.float() / max(temperature, 1e-30)).softmax(-1)            # float32 ends at 1e38
+    p = (logits.float() / max(temperature, 1e-20)).softmax(-1)            # overflows nowhere
     if top_p < 1:
         ordered, at = p.sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered
@@ -326,7 +326,7 @@ class Choice(NamedTuple):
         return likeliest
 
     def each(self, answers):
-        """What `of` said of several positions -> a list: ids, or probabilities (V,) each."""
+        """What `of` said of several positions -> one entry each: ids, or probabilities (V,)."""
         return answers.tolist() if self.temperature == 0 else answers.unbind()
 
     def token(self, answer):
@@ -334,7 +334,7 @@ class Choice(NamedTuple):
         return answer.item() if self.temperature == 0 else draw(answer, self.generator)
 
     def chance_kept(self, full, head):
-        """How likely verification keeps a head's draft; answers of `of` -> (...)."""
+        """How likely verification keeps a head's draft; answers of `of` -> (...). Greedy: bools."""
         if self.temperature == 0:
             return full == head
         return torch.minimum(full, head).sum(-1)
@@ -440,12 +440,11 @@ def costs_between(few, many, positions):
     share = (positions - few.positions) / (many.positions - few.positions)
 
     def blend(a, b):
+        if isinstance(a, list):
+            return list(map(blend, a, b))
         return max(0.0, a + share * (b - a))
 
-    return Costs(positions, blend(few.plain, many.plain), blend(few.question, many.question),
-                 blend(few.first, many.first), blend(few.further, many.further),
-                 list(map(blend, few.deeper, many.deeper)), list(map(blend, few.rows, many.rows)),
-                 blend(few.reading, many.reading))
+    return Costs(*map(blend, vars(few).values(), vars(many).values()))    # positions, too
 
 
 class ByGain:
@@ -457,10 +456,10 @@ class ByGain:
     stopping. (The most tokens per second come when time is priced at what it brings elsewhere:
     Dinkelbach's rule for ratios.) The cost has two parts: a to ask a head, d to draft its answer.
 
-        first draft of a round      a = question + reading_s    d = first - question + deeper_s + row
-        later ones                  a = further + reading_s     d = deeper_s + row
+        first draft of a round    a = question + reading_s    d = first - question + deeper_s + row
+        later ones                a = further + reading_s     d = deeper_s + row
 
-    reading_s is for the positions since exit s was asked, row for one more row of the verification.
+    reading_s is for the positions that exit s must read first, row for one more row to verify.
     From the deepest exit to the shallowest, with nothing to gain beyond the deepest,
 
         gain_s  = S p T - d; for the first draft also p^i T - further - row for i = 2, 3, if that is
@@ -485,10 +484,10 @@ class ByGain:
         self.choice, self.measure = choice, MEASURES[heads.measure]
         self.costs = costs_between(*policy.costs, positions)
         self.records = [Record(heads.calibration, m) for m in range(len(heads.layers))]
+        self.bins = [record.bins() for record in self.records]
         self.wait, self.rest = SHORTEST, 0
         # recent rounds that asked: their tokens, and their ms as the costs say
         self.tokens, self.ms = 8.0, 8 * self.costs.plain
-        self.bins = [record.bins() for record in self.records]
         # this round: drafts, S, ms so far, (row, exit, bin, answer) of every question
         self.drafted, self.chance, self.spent, self.asked = 0, 1.0, 0.0, []
         # positions since the prompt that are settled, and by exit how many it has read
@@ -533,7 +532,7 @@ class ByGain:
         """value_s of every exit s. Keeps gain_s of every bin, and value_{s+1}, for `drafts`."""
         exits, beyond = len(self.records), 0.0
         values, self.gains, self.refusal = [0.0] * exits, [[]] * exits, [0.0] * exits
-        T, further = self.token_ms, self.costs.further + self.row_ms(1)
+        T, later = self.token_ms, self.costs.further + self.row_ms(1)
         for s in reversed(range(exits)):
             d, gains, mean = self.draft_ms + self.costs.deeper[s], [], 0.0
             if self.drafted > 0 and self.chance * T - d - self.ask_ms[s] <= beyond:
@@ -541,8 +540,8 @@ class ByGain:
             for share, p in self.bins[s]:
                 gain = self.chance * p * T - d
                 # ahead of the first: what the next two would bring, if they were as sure
-                if self.drafted == 0 and p ** 2 * T > further:
-                    gain += p ** 2 * T - further + max(0.0, p ** 3 * T - further)
+                if self.drafted == 0 and p ** 2 * T > later:
+                    gain += p ** 2 * T - later + max(0.0, p ** 3 * T - later)
                 gains.append(gain)
                 mean += share * max(gain, beyond)
             self.gains[s], self.refusal[s], values[s] = gains, beyond, mean - self.ask_ms[s]

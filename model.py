@@ -256,7 +256,7 @@ class Pythia(nn.Module):
         V, on_cpu = self.config.vocab_size, ids.device.type == "cpu"
         try:
             if on_cpu or ids.numel() <= 1 or 0 <= ids.min() <= ids.max() < V:
-                return F.embedding(ids, self.embed_in.weight)             # (B, T, D)
+                return F.embedding(ids, self.embed_in.weight)             # sooner than embed_in()
         except IndexError:
             pass
         raise InputError(f"ids {ids.min()} .. {ids.max()} are not all in 0 .. {V - 1}")
@@ -327,7 +327,8 @@ class Pythia(nn.Module):
         return self.unembed(last), hidden
 
     def new_states(self, depths, room):
-        """Room for residual streams at so many depths: (depths, 1, room, D), of any values."""
+        """Room for residual streams at so many depths: (depths, 1, room, D), not initialised.
+        A twin may keep them in a form of its own."""
         like = self.embed_in.weight
         return like.new_empty(depths, 1, room, self.config.hidden_size)
 

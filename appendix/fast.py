@@ -42,7 +42,6 @@ import functools
 import time
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -61,12 +60,13 @@ def fast(model, heads=None, graphs=False):
 
     graphs=True asks for static shapes, and on a GPU for CUDA graphs. Such a decoder has one cache:
     it serves one generation at a time. Where there is no twin, the model and the heads themselves
-    are returned.
+    are returned. Policies are made from the twins: a decoder may have streams that other heads
+    cannot read.
     """
     rotated = rotated_width(model.config)
     if not model.config.use_parallel_residual or rotated % 2 or rotated == 0:
         return model, heads
-    from appendix.small import Small, is_small
+    from appendix.small import Small, is_small                            # which imports this room
     if graphs:
         decoder = Graphed(model)
     elif is_small(model, heads):
@@ -266,7 +266,8 @@ class Fused:
         return self.placed(self.model.new_cache(batch, max_len), None)
 
     def placed(self, cache, owner):
-        """A new cache, as and where this decoder wants it: see Small and Graphed."""
+        """A new cache, as and where this decoder wants it: see Small and Graphed. Its owner is a
+        block head, or None: the decoder."""
         return cache
 
     def twin(self, head):
@@ -287,8 +288,6 @@ class Fused:
     def unembed(self, x):
         return self.output(x, self.out)
 
-    # NumPy need not warn of numbers that are none: they are found in the logits, and said once
-    @np.errstate(all="ignore")
     def output(self, x, matrix):
         """A plain normalisation of x (1, T, D), then a folded norm and matrix: (1, T, V)."""
         return matrix(self.normalised(x[0]))[None]
@@ -297,7 +296,6 @@ class Fused:
         """Mean 0 and variance 1 for every row of x (T, D), without an affine part."""
         return torch.layer_norm(x, self.width, None, None, self.eps)
 
-    @np.errstate(all="ignore")
     def keys_values(self, x, block, cache):
         """As Pythia.keys_values, for x (1, T, D). The whole first product runs, and the rest of it
         is not used."""
@@ -312,7 +310,6 @@ class Fused:
         """InputError unless n positions fit into the cache and into the context."""
         check_room(n, min(cache.max_len, len(self.turn)))
 
-    @np.errstate(all="ignore")
     def run_folded(self, x, blocks, cache, start, between=None):
         """Rows x (T, D) through folded blocks -> (T, D). The cache holds their keys and values from
         its block `start` on."""
@@ -432,7 +429,6 @@ class FusedBlockHead(FusedHead):
         self.shift = decoder.product(head.shift.weight.T, None, head.shift.weight.dtype)
         self.blocks = [fold(head.block, decoder.R, decoder.product)]
 
-    @np.errstate(all="ignore")
     def body(self, h, cache):
         if h.dtype != self.dtype:
             h = h.to(self.dtype)
@@ -530,7 +526,6 @@ class Graphed(Fused):
             compute()
         return rows, position, out, graph.replay
 
-    @np.errstate(all="ignore")
     def static(self, x, position, blocks, kv):
         """Rows x (T, D) at `position`, .. through folded blocks; kv (blocks, 2, H, N, K)."""
         z, pairs, q, new, y, hidden, both = self.step(len(x), x)

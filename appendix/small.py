@@ -2,19 +2,21 @@
 
 In a small model a matrix is read in a few microseconds, about what a call of PyTorch costs. So the
 calls count. NumPy's cost less, and views of its arrays cost next to nothing. Its library multiplies
-one row by a small matrix in half the time of PyTorch's, and two to four rows in nearly the same,
-if three things are as it likes them:
+one row by a small matrix in half the time of PyTorch's, and two to four rows take little longer
+than one, if three things are as it likes them:
 
     the matrix     cut into panels of 32 or 64 columns, each in one piece, read in order
-    the keys       transposed, K x N, so that q k is a sum over long rows, as p v is
+    the keys       transposed, K x N, so that q k is a sum of K rows of length N
     the sizes      below ONE_THREAD multiplications: from there on it starts threads of its own,
                    and those of the two libraries collide; longer products are PyTorch's
 
 Normalisation, softmax and GELU stay PyTorch's, on the same memory.
 
-`appendix.fast.fast` takes this twin where a model in float32 is narrower than 256. Wider models
-read their weights for longer than a call takes: there oneDNN is as fast.
-Letters: T rows, N cached positions, D hidden size, H heads, K head size.
+`appendix.fast.fast` takes this twin for a model in float32 on a CPU whose folded matrices have at
+most LARGEST entries. Wider models read their weights for longer than a call takes: there oneDNN is
+as fast, and its threads share the work.
+Letters: B batch, T rows, N cached positions, D hidden size, I the MLP's width, H heads, K head
+size, V vocabulary.
 """
 import numpy as np
 import torch
@@ -28,25 +30,25 @@ LARGEST = 2 ** 18       # entries of a matrix that is cut into panels
 
 
 def is_small(model, heads=None):
-    """Whether this is the fastest twin of a model, with its heads."""
-    config, parts = model.config, [model] if heads is None else [model, *heads.heads]
-    D, own = config.hidden_size, [p for part in parts for p in part.parameters()]
-    largest = D * (3 * D + config.intermediate_size)                      # entries of w1: see fold
-    fits = D < 256 and largest <= LARGEST
-    return fits and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in own)
+    """Whether Small is the twin to take for a model and its heads."""
+    D, I = model.config.hidden_size, model.config.intermediate_size
+    parameters = [*model.parameters(), *(heads.parameters() if heads is not None else ())]
+    here = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in parameters)
+    return here and D < 256 and D * (3 * D + I) <= LARGEST                # entries of w1: see fold
 
 
 class PanelProduct(Product):
-    """x -> x w + b by NumPy, with w (n, m) cut into panels of columns.
+    """x -> x w + b by NumPy, with w (n, m) cut into panels of columns. For tensors; `fill` is for
+    arrays.
 
-    One or two rows are fastest with narrow panels, more with wide ones.
+    One or two rows are fastest with narrow panels, more with wide ones. Longer x are PyTorch's.
     """
 
     def __init__(self, w, b):
         super().__init__(w, b)
-        self.offset = None if b is None else b.numpy()
-        self.narrow, self.most_rows = self.cut(32)
-        self.wide, self.wide_rows = self.cut(64)                          # of as many rows at most
+        # the panels of either width, and how many rows NumPy multiplies by them on one thread
+        self.narrow, self.narrow_rows = self.cut(32)
+        self.wide, self.wide_rows = self.cut(64)
 
     def cut(self, width):
         """w as panels (m / width, n, width), or as one where m is no multiple of the width, and how
@@ -64,15 +66,15 @@ class PanelProduct(Product):
     def fill(self, out, x):
         """out (T, m) = x w + b, for arrays."""
         T = len(x)
-        if T > self.most_rows:
+        if T > self.narrow_rows:
             out[:] = super().__call__(torch.from_numpy(x)).numpy()
             return
         panels = self.wide if 2 < T <= self.wide_rows else self.narrow
         count, _, width = panels.shape
         parts = out.reshape(T, count, width).swapaxes(0, 1)               # (m / width, T, width)
         np.matmul(x, panels, out=parts)
-        if self.offset is not None:
-            out += self.offset
+        if self.b is not None:
+            out += self.b.numpy()
 
 
 def multiply(a, b, out):
@@ -84,9 +86,8 @@ def multiply(a, b, out):
 
 
 class Small(Fused):
-    """Fused in arrays: residual streams are arrays, and all products NumPy's. Logits are tensors.
-
-    A cache is two arrays, keys (blocks, H, K, room) and values (blocks, H, room, K).
+    """Fused in arrays: residual streams are arrays, and products of few rows NumPy's. Logits are
+    tensors. A cache is two arrays, keys (blocks, H, K, room) and values (blocks, H, room, K).
     """
 
     def __init__(self, model):
@@ -107,7 +108,7 @@ class Small(Fused):
         blocks, _, _, H, room, K = cache.kv.shape
         cache.kv = (np.empty((blocks, H, K, room), np.float32),
                     np.empty((blocks, H, room, K), np.float32))
-        if owner is not None:
+        if owner is not None:                 # a block head's
             cache.seen = cache.seen.numpy()
         return cache
 
@@ -126,7 +127,7 @@ class Small(Fused):
             pass
         return self.model.embed(ids).numpy()                              # it refuses wrong ones
 
-    # NumPy need not warn of numbers that are none: they are found in the logits, and said once
+    # NaN and infinity need no warning here: check_numbers finds them in the logits
     @np.errstate(all="ignore")
     def output(self, x, matrix):
         return matrix(self.normalised(torch.from_numpy(np.asarray(x)[0])))[None]

@@ -6,17 +6,17 @@ Whether a draft pays depends on the machine. So a few policies decode, and the c
     question      a head is asked before every step, and never certain: T + question
     one draft     every round takes one draft from the first exit: T + first + its row
     four drafts   T + first + 3 further + their rows
-    rows          passes of 1 to 17 rows to full depth: a row is what one more costs
-    reading       an exit reads one position, or nine
+    rows          passes of 1 to 17 rows to full depth: what one more row of a verification costs
+    reading       an exit answers after one new position, or after nine
 
-The two with drafts are AutoDSSD's rule, told that drafts are free. So its own time is part of a draft's
-cost. It is not part of a question's, where it would be about a twelfth.
+The two with drafts are AutoDSSD's rule, told that drafts are free. So its own time is part of a
+draft's cost. It is not part of a question's, where it would be about a twelfth.
 
-A first draft costs more than a later one: it splits the pass to full depth, and makes it one of
-several rows. A draft from a deeper exit costs more by the blocks up to there, for its own row. What
-the text says does not matter, so the prompt is one token, repeated. Attention reads every cached
-position. Costs are therefore measured twice, with few positions cached and with many, and dssd.py
-takes the line between.
+A first draft costs more than a later one: it splits the pass to full depth. A draft from a deeper
+exit costs more by the blocks up to there. Rows cost little up to a point: then a library's kernel
+has to read the weights a second time. What the text says does not matter, so the prompt is one
+token, repeated. Attention reads every cached position. Costs are therefore measured twice, with few
+positions cached and with many, and dssd.py takes the line between.
 
     python -m appendix.tune             the costs, and what acceptance a first draft then needs
     python -m appendix.tune --hard      then DSSD auto beside Plain on texts that are hard to draft
@@ -26,11 +26,13 @@ later one 0.4 to 0.5.
 import argparse
 import math
 import time
+from functools import partial
 from pydoc_data.topics import topics
 from statistics import fmean, median
 
 import torch
 
+from appendix.fast import fast, least_ms
 from dssd import DSSD, AutoDSSD, Costs, Log, Plain, generate, stream, summarize
 from heads import FAST, load_model, model_options
 from model import InputError, command_line
@@ -39,7 +41,7 @@ HARD = (("code", 64, 0.0), ("English", 64, 0.0), ("random", 64, 0.0), ("code", 6
         ("English", 64, 0.8), ("English", 64, 1.2), ("random", 64, 1.0), ("code", 1024, 0.0),
         ("English", 1024, 0.0), ("code", 1900, 0.0))      # text, tokens of the prompt, temperature
 MORE, ROUNDS = 3, 12             # drafts after the first, where they are timed; rounds of a repeat
-ROWS, UNREAD = 17, 8             # of a pass: a token and 16 drafts; of an exit that must read on
+ROWS, UNREAD = 17, 8             # of the longest pass: a token and 16 drafts; unread positions
 LONGEST, FORBIDDEN = 10, 1e9     # seconds of repeats; milliseconds of what is not to happen
 
 
@@ -63,20 +65,21 @@ def costs_at(positions, decoder, heads, temperature, repeats):
     while len(repeated) < repeats and (not repeated or time.perf_counter() - begin < LONGEST):
         rounds = [usual_round_ms(decoder, policy, drafts, positions, temperature)
                   for policy, drafts in policies]
-        repeated.append([*rounds, *rows_ms(decoder, positions),
-                         *reading_ms(decoder, heads.heads[0], positions)])
-    # a machine that is shared is slow at times: of all repeats the faster half counts
-    faster = sorted(repeated, key=sum)[:(len(repeated) + 1) // 2]
-    plain, asking, one, several, *rows, short, long = [fmean(times) for times in zip(*faster)]
-    # where more rows take less time, as four do on some machines, fewer could be padded
-    rows = [max(0.0, min(rows[n:]) - rows[0]) for n in range(ROWS)]
-    # a draft from a deeper exit: that many more blocks, for a row of its own
+        reading = reading_ms(decoder, heads.heads[0], positions)
+        repeated.append([*rounds, reading, *rows_ms(decoder, positions)])
+    # a machine that is shared is slow at times: of all repeats, those with the faster half of the
+    # policies' rounds count
+    faster = sorted(repeated, key=lambda times: sum(times[:4]))[:(len(repeated) + 1) // 2]
+    plain, asking, one, several, reading, *passes = [fmean(times) for times in zip(*faster)]
+    # what more rows cost more than one: never less than fewer rows do
+    rows = [max(0.0, min(passes[n:]) - passes[0]) for n in range(ROWS)]
+    # a draft from a deeper exit: that many more blocks for its row, which the verification lacks
     L = decoder.config.num_hidden_layers
-    deeper = [plain * (n - exit) / L for n in heads.layers]
+    deeper = [max(0.0, plain - rows[1]) * (n - exit) / L for n in heads.layers]
     return Costs(positions, plain, question=max(0.0, asking - plain),
                  first=max(0.0, one - plain - rows[1]),
                  further=max(0.0, (several - one - rows[1 + MORE] + rows[1]) / MORE),
-                 deeper=deeper, rows=rows, reading=max(0.0, (long - short) / UNREAD))
+                 deeper=deeper, rows=rows, reading=max(0.0, reading))
 
 
 def usual_round_ms(decoder, policy, drafts, positions, temperature):
@@ -92,34 +95,35 @@ def usual_round_ms(decoder, policy, drafts, positions, temperature):
 def rows_ms(decoder, positions):
     """The times of passes of 1, 2, .. ROWS rows to full depth, as a verification takes."""
     config = decoder.config
-    most = min(ROWS, config.max_position_embeddings - positions)
+    L, most = config.num_hidden_layers, min(ROWS, config.max_position_embeddings - positions)
     x, cache = decoder.embed([[1] * (positions + most)]), decoder.new_cache(1, positions + most)
-    decoder.run(x[:, :positions], 0, config.num_hidden_layers, cache)
-    fastest = [math.inf] * most
-    for _ in range(3):
-        for rows in range(1, most + 1):
-            begin = time.perf_counter()
-            out = decoder.run(x[:, :rows], 0, config.num_hidden_layers, cache)
-            decoder.unembed(out).argmax(-1).tolist()
-            fastest[rows - 1] = min(fastest[rows - 1], 1000 * (time.perf_counter() - begin))
-            cache.truncate(positions)
-    return fastest + fastest[-1:] * (ROWS - most)
+    decoder.run(x[:, :positions], 0, L, cache)
+
+    def verification(n):
+        out = decoder.run(x[:, :n], 0, L, cache)                          # (1, n, D)
+        decoder.unembed(out).argmax(-1).tolist()
+        cache.truncate(positions)
+
+    times = [least_ms(partial(verification, n)) for n in range(1, most + 1)]
+    return times + times[-1:] * (ROWS - most)
 
 
 @torch.inference_mode()
 def reading_ms(decoder, head, positions):
-    """The times in which an exit reads one position, and 1 + UNREAD."""
-    cache, x = head.new_cache(1, positions + 1 + UNREAD), decoder.embed([[1] * (1 + UNREAD)])
-    if cache is None:
-        return [0.0, 0.0]
+    """What an exit's answer takes longer for each position that the head has still to read."""
+    unread = min(UNREAD, decoder.config.max_position_embeddings - positions - 1)
+    cache = head.new_cache(1, positions + 1 + unread)
+    if cache is None or unread < 1:
+        return 0.0
     head.body(decoder.embed([[1] * positions]), cache)
-    times = []
-    for rows in (1, 1 + UNREAD, 1, 1 + UNREAD):                           # the first two warm up
-        begin = time.perf_counter()
-        head.body(x[:, :rows], cache)
-        times.append(1000 * (time.perf_counter() - begin))
+    x = decoder.embed([[1] * (1 + unread)])                               # (1, 1 + unread, D)
+
+    def answer(n):
+        said = head.output(head.body(x[:, :n], cache)[:, -1:])            # (1, 1, V)
+        said.argmax(-1).tolist()
         cache.truncate(positions)
-    return times[2:]
+
+    return (least_ms(partial(answer, 1 + unread)) - least_ms(partial(answer, 1))) / unread
 
 
 def round_ms(tokens, log, drafts):
@@ -142,8 +146,8 @@ def show(costs, heads):
     print(f"{costs.positions} positions cached: a plain step takes {costs.plain:.2f} ms, "
           f"a question {costs.question:.2f} ms more")
     for exit, deeper in zip(heads.layers, costs.deeper):
-        row, rows = costs.rows[1], costs.rows[1 + MORE] - costs.rows[1]
-        first, further = costs.first + deeper + row, costs.further + deeper + rows / MORE
+        row, later = costs.rows[1], (costs.rows[1 + MORE] - costs.rows[1]) / MORE
+        first, further = costs.first + deeper + row, costs.further + deeper + later
         print(f"  exit {exit}: a round's first draft {first:.2f} ms, pays alone from p = "
               f"{first / costs.plain:.2f} on; "
               f"each later one {further:.2f} ms, {further / costs.plain:.2f}")
@@ -195,7 +199,6 @@ def in_turn(decoder, pair, prompts, new, temperature, repeats):
 
 
 def main():
-    from appendix.fast import fast
     parser = argparse.ArgumentParser(description="What drafting costs on this machine.")
     model_options(parser, FAST, data=False)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")

@@ -120,7 +120,7 @@ def test_products_equal_plain_ones_in_float64(hidden, dtype, n, m, kind):
             filled = np.empty((T, m), np.float32)
             multiply.fill(filled, x.numpy())
             assert torch.allclose(torch.from_numpy(filled).double(), want, **near)
-            assert multiply.most_rows == (7 if n == 2048 else 17)
+            assert multiply.narrow_rows == (7 if n == 2048 else 17)
 
 
 def test_small_models_multiply_by_numpy_up_to_a_limit_and_never_warn(monkeypatch):

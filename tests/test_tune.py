@@ -4,6 +4,7 @@ import time
 import pytest
 
 import appendix.tune as T
+from appendix.fast import fast
 from conftest import assert_refused, call, shaken, tiny
 from dssd import AutoDSSD, Plain, generate
 from heads import ExitHeads
@@ -34,7 +35,7 @@ def test_costs_are_those_of_the_work_that_is_done(monkeypatch):
         assert costs.plain == pytest.approx(4)
         assert costs.rows == pytest.approx([4 * row for row in range(17)])
         assert [costs.first, costs.further, costs.reading] == pytest.approx([0, 0, 0])
-        assert costs.question == pytest.approx(0) and costs.deeper == pytest.approx([0, 2])
+        assert costs.question == pytest.approx(0) and costs.deeper == pytest.approx([0, 0])
 
 
 def test_a_short_context_holds_rounds_enough(monkeypatch):
@@ -44,6 +45,15 @@ def test_a_short_context_holds_rounds_enough(monkeypatch):
         assert [costs.plain, costs.first, costs.further] == pytest.approx([4, 0, 0])
         assert costs.rows[:9] == pytest.approx([4 * row for row in range(9)])
         assert len(costs.rows) == 17
+
+
+def test_a_head_with_a_memory_is_timed_in_the_shortest_contexts():
+    for context in (4, 16):
+        model = tiny(max_position_embeddings=context)
+        for decoder, heads in ((model, shaken(model, [2], "block")),
+                               fast(model, shaken(model, [2], "block"))):
+            few, many = T.measure_costs(decoder, heads, repeats=1)
+            assert len(many.rows) == 17 and few.reading >= 0 <= many.reading
 
 
 def test_measured_costs_make_a_lossless_policy():
