@@ -26,7 +26,7 @@ from appendix.fast import (MOST_ROWS, Fused, FusedBlockHead, FusedHead, Product,
 from heads import BlockHead, ExitHead, TiedHead
 
 ONE_THREAD = 2 ** 19    # multiplications of one product from which on NumPy starts threads
-LARGEST = 2 ** 18       # entries of a matrix that is cut into panels
+LARGEST = 2 ** 19       # entries of a matrix that is cut into panels: up to D = 256 and I = 4 D
 
 
 def is_small(model, heads=None):
@@ -34,7 +34,7 @@ def is_small(model, heads=None):
     D, I = model.config.hidden_size, model.config.intermediate_size
     parameters = [*model.parameters(), *(heads.parameters() if heads is not None else ())]
     here = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in parameters)
-    return here and D < 256 and D * (3 * D + I) <= LARGEST                # entries of w1: see fold
+    return here and D * (3 * D + I) <= LARGEST                            # entries of w1: see fold
 
 
 class PanelProduct(Product):
@@ -95,8 +95,9 @@ class Small(Fused):
         self.table = model.embed_in.weight.detach().numpy()               # (V, D)
 
     def product(self, w, b, dtype):
-        w, b = w.detach().to(dtype), None if b is None else b.detach().to(dtype)
-        return PanelProduct(w, b) if w.numel() <= LARGEST else Product(w, b)
+        if w.numel() > LARGEST:
+            return super().product(w, b, dtype)
+        return PanelProduct(w.detach().to(dtype), None if b is None else b.detach().to(dtype))
 
     def twin(self, head):
         return TWINS.get(type(head), OtherHead)(self, head)

@@ -53,7 +53,7 @@ def test_fused_equals_readable(partial, kind, graphs):
 
 def test_run_leaves_its_input_alone():
     # the frontier passes views of its states
-    for changes in ({}, {"hidden_size": 256}):
+    for changes in ({}, {"hidden_size": 512}):
         model = tiny(**changes)
         heads = shaken(model, [2], "block")
         for graphs in (False, True):
@@ -88,12 +88,12 @@ SINGLE, HALF = torch.float32, torch.bfloat16
     (32, SINGLE, 40, 24, PanelProduct),                 # one panel
     (32, SINGLE, 96, 192, PanelProduct),                # six
     (32, SINGLE, 2048, 128, PanelProduct),              # for 7 rows at most
-    (32, SINGLE, 64, 5000, Product),
-    (256, SINGLE, 64, 128, Product),
-    (256, SINGLE, 256, 300, PackedProduct),
-    (256, HALF, 256, 300, PackedProduct),
-    (256, SINGLE, 1024, 1024, PackedProduct),           # padded to four rows
-    (256, HALF, 1024, 1024, PackedProduct)])
+    (32, SINGLE, 64, 9000, Product),
+    (512, SINGLE, 64, 128, Product),
+    (512, SINGLE, 256, 300, PackedProduct),
+    (512, HALF, 256, 300, PackedProduct),
+    (512, SINGLE, 1024, 1024, PackedProduct),           # padded to four rows
+    (512, HALF, 1024, 1024, PackedProduct)])
 def test_products_equal_plain_ones_in_float64(hidden, dtype, n, m, kind):
     torch.manual_seed(0)
     decoder, _ = fast(tiny(hidden_size=hidden))
@@ -128,7 +128,7 @@ def test_small_models_multiply_by_numpy_up_to_a_limit_and_never_warn(monkeypatch
     heads = shaken(model, [2], "block")
     decoder, twins = fast(model, heads)
     assert isinstance(decoder, Small)
-    for other in (fast(tiny(hidden_size=256)), fast(tiny().bfloat16()),
+    for other in (fast(tiny(hidden_size=512)), fast(tiny().bfloat16()),
                   fast(tiny(), shaken(tiny(), [2]).bfloat16()), fast(tiny(), graphs=True)):
         assert not isinstance(other[0], Small)
     want = generate(model, [1, 2], 30, DSSD(heads, [2.0])).tokens
@@ -152,7 +152,7 @@ def test_small_models_multiply_by_numpy_up_to_a_limit_and_never_warn(monkeypatch
 def test_in_bfloat16_and_with_or_without_packed_products(packed, graphs, wide, monkeypatch):
     if not packed:
         monkeypatch.setattr(room, "packs", lambda dtype: False)
-    model = tiny(**{"hidden_size": 256, "intermediate_size": 512} if wide else {})
+    model = tiny(**{"hidden_size": 512, "intermediate_size": 512} if wide else {})
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(0.35 if wide and p.dim() == 2 else 1)
