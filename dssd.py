@@ -459,16 +459,17 @@ class ByGain:
         first draft of a round    a = question + reading_s    d = first - question + deeper_s + row
         later ones                a = further + reading_s     d = deeper_s + row
 
-    reading_s is for the positions that exit s must read first, row for one more row to verify.
-    From the deepest exit to the shallowest, with nothing to gain beyond the deepest,
+    reading_s is for the positions that exit s must read first, row for one more row to verify. An
+    exit is worth asking by what its answers bring on average, and drafts if this answer pays:
 
+        value_s = mean over answers of max(gain_s, 0) - a
         gain_s  = S p T - d; for the first draft also p^i T - further - row for i = 2, 3, if that is
                   more than 0, as if the next two answers were as sure as this one
-        value_s = mean over answers of max(gain_s, value_{s+1}) - a
 
-    Exit s is asked if value_s > value_{s+1}, else value_s = value_{s+1}. It drafts if
-    gain_s > value_{s+1}. p comes from the exit's Record. The prompt is the first evidence, then
-    every verification says which answers were right.
+    The exit of the highest value is asked. So a deeper one is, where a shallow one is doubtful too
+    often. (To ask it after a doubtful answer was tried: it brings nothing, for they doubt the same
+    tokens.) p comes from the exit's Record. The prompt is the first evidence, then every
+    verification says which answers were right.
 
     The records know single answers, not how they follow each other. So recent rounds count as well:
     if they and the records together promise no saving, the rule rests after one more round, for
@@ -492,9 +493,8 @@ class ByGain:
         self.drafted, self.chance, self.spent, self.asked = 0, 1.0, 0.0, []
         # positions since the prompt that are settled, and by exit how many it has read
         self.end, self.read = 0, [0] * len(self.records)
-        # this question: T; a by exit, d without deeper_s; by exit its bins' gains, and value_{s+1}
-        self.token_ms, self.ask_ms, self.draft_ms = self.costs.plain, [], 0.0
-        self.gains, self.refusal = [], []
+        # this question: T; a by exit, d without deeper_s; by exit the gains of its bins
+        self.token_ms, self.ask_ms, self.draft_ms, self.gains = self.costs.plain, [], 0.0, []
 
     def read_prompt(self, frontier, full):
         """The first evidence: what every exit would have said at the prompt's last positions."""
@@ -506,7 +506,7 @@ class ByGain:
             self.bins[s] = record.bins()
 
     def exits_to_ask(self, drafted):
-        """The exits that are worth asking, shallow first."""
+        """The exit that is most worth asking: a list of one, or of none."""
         if drafted == 0:
             # a new round
             self.chance, self.spent = 1.0, self.costs.plain
@@ -521,31 +521,28 @@ class ByGain:
         self.ask_ms = [ask + self.costs.reading * (self.end + drafted - n) for n in self.read]
         self.draft_ms = draft + self.row_ms(drafted)
         values = self.values()
-        exits = [s for s, value in enumerate(values) if value > self.refusal[s]]
+        best = max(values)
         if drafted == 0:
-            best = max(values)
-            self.rest_unless_it_pays(best)
-            exits = exits or [values.index(best)]         # one, even if none seems worth it
-        return exits
+            self.rest_unless_it_pays(best)                # asks all the same, once more
+        elif best <= 0:
+            return []
+        return [values.index(best)]
 
     def values(self):
-        """value_s of every exit s. Keeps gain_s of every bin, and value_{s+1}, for `drafts`."""
-        exits, beyond = len(self.records), 0.0
-        values, self.gains, self.refusal = [0.0] * exits, [[]] * exits, [0.0] * exits
+        """value_s of every exit s. Keeps gain_s of its bins, for `drafts`."""
         T, later = self.token_ms, self.costs.further + self.row_ms(1)
-        for s in reversed(range(exits)):
-            d, gains, mean = self.draft_ms + self.costs.deeper[s], [], 0.0
-            if self.drafted > 0 and self.chance * T - d - self.ask_ms[s] <= beyond:
-                continue                      # not even an answer that is sure would pay
-            for share, p in self.bins[s]:
-                gain = self.chance * p * T - d
+        values, self.gains = [], []
+        for ask, deeper, bins in zip(self.ask_ms, self.costs.deeper, self.bins):
+            gains, value = [], -ask
+            for share, p in bins:
+                gain = self.chance * p * T - self.draft_ms - deeper
                 # ahead of the first: what the next two would bring, if they were as sure
                 if self.drafted == 0 and p ** 2 * T > later:
                     gain += p ** 2 * T - later + max(0.0, p ** 3 * T - later)
                 gains.append(gain)
-                mean += share * max(gain, beyond)
-            self.gains[s], self.refusal[s], values[s] = gains, beyond, mean - self.ask_ms[s]
-            beyond = max(beyond, values[s])
+                value += share * max(0.0, gain)
+            values.append(value)
+            self.gains.append(gains)
         return values
 
     def row_ms(self, drafted):
@@ -564,7 +561,7 @@ class ByGain:
 
     def drafts(self, s, z, answer):
         b = bisect(self.records[s].edges, self.measure(z).item())
-        drafts = self.gains[s][b] > self.refusal[s]
+        drafts = self.gains[s][b] > 0
         self.asked.append((self.drafted, s, b, answer))
         self.spent += self.ask_ms[s]
         self.read[s] = self.end + self.drafted + 1

@@ -295,13 +295,13 @@ def test_the_rule_by_hand():
     for record, chances in zip(rule.records, ((0.9, 0.1), (0.8, 0.7))):
         record.seen, record.right = [1.0, 1.0], list(chances)
     rule.bins = [record.bins() for record in rule.records]
-    # the first draft, and two more if they were as sure. Exit 3, with p = 0.8: 8 - 2 - 1, and
-    # 6.4 - 3 and 5.12 - 3; with p = 0.7: 7 - 3 + 1.9 + 0.43. Exit 1, with p = 0.9: 7 + 5.1 + 4.29
-    third = (10.52 + 6.33) / 2 - 0.5
-    assert rule.exits_to_ask(0) == [0, 1] and rule.refusal == pytest.approx([third, 0.0])
-    assert rule.gains[0][0] == pytest.approx(16.39) and rule.gains[0][1] < 0
-    # a later one: exit 3 is worth (7 + 6) / 2 - 3, and exit 1 less: (9 + 3.5) / 2 - 3
-    assert rule.exits_to_ask(1) == [1] and rule.refusal == pytest.approx([3.5, 0.0])
+    # the first draft, and two more if they were as sure. Exit 1, with p = 0.9: 9 - 2, and 8.1 - 3
+    # and 7.29 - 3. Exit 3, with p = 0.8: 8 - 3 + 3.4 + 2.12; with p = 0.7: 7 - 3 + 1.9 + 0.43
+    assert rule.exits_to_ask(0) == [1]
+    assert rule.gains == [pytest.approx([16.39, -1]), pytest.approx([10.52, 6.33])]
+    assert rule.values() == pytest.approx([16.39 / 2 - 0.5, (10.52 + 6.33) / 2 - 0.5])
+    # a later one: exit 1 is worth (9 + 1) / 2 - 3, and exit 3 more: (7 + 6) / 2 - 3
+    assert rule.exits_to_ask(1) == [1] and rule.values() == pytest.approx([2, 3.5])
     # with little hope for the drafts before it, a further one does not pay
     rule.chance = 0.25
     assert rule.exits_to_ask(1) == []
