@@ -48,7 +48,7 @@ import torch
 from confidence import MEASURES, is_certain
 from model import InputError, check_numbers, command_line, new_token_limit, seed_number
 
-MEMORY, GUESS = 0.95, 2.0         # a Record keeps this share at every answer; weight of its guess
+MEMORY, GUESS = 0.97, 6.0         # a Record keeps this share at every answer; weight of its guess
 RECENT, PROMISES = 0.9, 16        # ByGain keeps this share of recent rounds; weight of the records
 SHORTEST, LONGEST = 4, 64         # a rest of ByGain, in tokens
 
@@ -478,7 +478,7 @@ class ByGain:
     The rule looks at the past, at q and at its uncertainty, never at the token drawn.
     """
 
-    prompt_rows = 64
+    prompt_rows = 32
 
     def __init__(self, policy, positions, choice):
         heads = policy.heads
