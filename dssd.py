@@ -627,7 +627,8 @@ def decode(model, ids, limit, policy, choice, stop, log):
             kept, token = verify(full, drafts, choice)
             rule.learn(full, kept)
             rejected = len(drafts) - kept
-            frontier.cut(frontier.reached[-1] - rejected)
+            if rejected:
+                frontier.cut(frontier.reached[-1] - rejected)
             log.rounds.append((len(drafts), kept))
             settled = [(draft.token, draft.depth) for draft in drafts[:kept]]
             settled.append((token, L))
