@@ -20,8 +20,8 @@ positions cached and with many, and dssd.py takes the line between.
 
     python -m appendix.tune             the costs, and what acceptance a first draft then needs
     python -m appendix.tune --hard      then DSSD auto beside Plain on texts that are hard to draft
-Expect on the toy a question to cost a quarter of a plain step, a first draft half of one, and a
-later one 0.4 to 0.5.
+Expect on the toy a question to cost 0.3 of a plain step, a first draft 0.5 to 0.6, and a later one
+0.4.
 """
 import argparse
 import math
