@@ -30,7 +30,7 @@ on fixed addresses, so no shape and no address may depend on the position (`Grap
     generate(decoder, ids, 100, DSSD(twins, twins.thresholds(0.8)))
 
     python -m appendix.fast                 time of one token on the toy, readable and fast
-Expect the fast one to take a third of the time on a CPU.
+Expect the fast one to take a quarter to a third of the time on a CPU.
 
 Limits: one sequence at a time, without gradients. Models with sequential residuals or an odd
 rotated width stay readable.
