@@ -579,7 +579,8 @@ class ByGain:
         for row, s, b, answer in self.asked:
             if row <= kept:
                 self.records[s].learn(b, self.choice.chance_kept(full[row], answer).item())
-                self.bins[s] = self.records[s].bins()
+        for s in {s for _, s, _, _ in self.asked}:
+            self.bins[s] = self.records[s].bins()
         self.asked = []
         self.end += kept + 1
         self.read = [min(n, self.end) for n in self.read]

@@ -256,7 +256,7 @@ class Pythia(nn.Module):
         V, on_cpu = self.config.vocab_size, ids.device.type == "cpu"
         try:
             if on_cpu or ids.numel() <= 1 or 0 <= ids.min() <= ids.max() < V:
-                return F.embedding(ids, self.embed_in.weight)             # sooner than embed_in()
+                return self.embed_in(ids)
         except IndexError:
             pass
         raise InputError(f"ids {ids.min()} .. {ids.max()} are not all in 0 .. {V - 1}")

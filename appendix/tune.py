@@ -69,7 +69,8 @@ def costs_at(positions, decoder, heads, temperature, repeats):
         repeated.append([*rounds, reading, *rows_ms(decoder, positions)])
     # a machine that is shared is slow at times: of all repeats, those with the faster half of the
     # policies' rounds count
-    faster = sorted(repeated, key=lambda times: sum(times[:4]))[:(len(repeated) + 1) // 2]
+    repeated.sort(key=lambda times: sum(times[:len(policies)]))
+    faster = repeated[:(len(repeated) + 1) // 2]
     plain, asking, one, several, reading, *passes = [fmean(times) for times in zip(*faster)]
     # what more rows cost more than one: never less than fewer rows do
     rows = [max(0.0, min(passes[n:]) - passes[0]) for n in range(ROWS)]
