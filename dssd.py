@@ -51,6 +51,7 @@ from model import InputError, check_numbers, command_line, new_token_limit, seed
 MEMORY, GUESS = 0.97, 6.0         # a Record keeps this share at every answer; weight of its guess
 RECENT, PROMISES = 0.9, 16        # ByGain keeps this share of recent rounds; weight of the records
 SHORTEST, LONGEST = 4, 64         # a rest of ByGain, in tokens
+AHEAD = 3                         # the draft in question, and the next two
 
 # ---------------------------------------------------------------- policies
 
@@ -302,19 +303,19 @@ def distribution(logits, temperature, top_p):
     return p
 
 
-def draw(p, generator):
-    """A token id drawn from p (V,), which need not sum to 1. Faster than torch.multinomial."""
-    upto = p.cumsum(-1, dtype=torch.double)                               # (V,)
-    r = torch.rand((), dtype=torch.double, device=p.device, generator=generator) * upto[-1]
-    # the first id with upto > r, so never one of probability 0
-    return torch.searchsorted(upto, r, right=True).item()
+class Choice:
+    """How tokens are read off logits: greedy at temperature 0, else drawn from the top-p nucleus.
 
+    A decoder may bring a quicker twin, as its attribute `Choice`: see appendix/small.py.
+    """
 
-class Choice(NamedTuple):
-    """How a token is taken: greedy at temperature 0, else drawn from the top-p nucleus."""
-    temperature: float
-    top_p: float
-    generator: torch.Generator
+    def __init__(self, temperature, top_p, seed=None):
+        self.temperature, self.top_p = temperature, top_p
+        self.generator, self.uniform = torch.Generator(), []
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
 
     def of(self, logits):
         """What logits (..., V) say: the likeliest ids (...), or probabilities (..., V)."""
@@ -331,7 +332,24 @@ class Choice(NamedTuple):
 
     def token(self, answer):
         """One answer of `of` -> a token id."""
-        return answer.item() if self.temperature == 0 else draw(answer, self.generator)
+        return answer.item() if self.temperature == 0 else self.draw(answer)
+
+    def random(self):
+        """A number in [0, 1). Many are drawn at once: a call takes longer than a number."""
+        if not self.uniform:
+            numbers = torch.rand(256, dtype=torch.double, generator=self.generator)
+            self.uniform = numbers.tolist()
+        return self.uniform.pop()
+
+    def draw(self, p):
+        """A token id drawn from p (V,), which need not sum to 1. Faster than torch.multinomial."""
+        upto = p.cumsum(-1, dtype=torch.double)                           # (V,)
+        # the first id with upto > r, so never one of probability 0
+        return torch.searchsorted(upto, self.random() * upto[-1], right=True).item()
+
+    def uncertainty(self, measure, logits):
+        """A measure of confidence.MEASURES of logits (..., V) -> (...)."""
+        return MEASURES[measure](logits)
 
     def chance_kept(self, full, head):
         """How likely verification keeps a head's draft; answers of `of` -> (...). Greedy: bools."""
@@ -360,20 +378,20 @@ def verify(full, drafts, choice):
         return kept, full[kept]
     # sampled: keep x_i ~ q with probability min(1, p(x_i) / q(x_i)), else draw from max(0, p - q)
     for i, (x, _, q) in enumerate(drafts):
-        kept, token = keep_or_replace(full[i], q, x, choice.generator)
+        kept, token = keep_or_replace(full[i], q, x, choice)
         if not kept:
             return i, token
-    return len(drafts), draw(full[-1], choice.generator)
+    return len(drafts), choice.draw(full[-1])
 
 
-def keep_or_replace(p, q, x, generator):
+def keep_or_replace(p, q, x, choice):
     """Speculative sampling of a draft x ~ q (V,) against the full model's p (V,): (kept, token)."""
-    if torch.rand((), generator=generator, device=p.device) * q[x] < p[x]:
+    if choice.random() * q[x] < p[x]:
         return True, x
-    rest = (p - q).clamp(min=0)
+    rest = (p - q).clip(0)
     if not rest.any():                                                    # p = q up to rounding
         rest = p
-    return False, draw(rest, generator)
+    return False, choice.draw(rest)
 
 
 # ---------------------------------------------------------------- when to draft
@@ -384,9 +402,10 @@ class ByThresholds:
 
     prompt_rows = 1
 
-    def __init__(self, policy):
+    def __init__(self, policy, choice):
         self.thresholds = [t for t in policy.thresholds if t is not None]
-        self.measure = MEASURES[policy.heads.measure] if policy.heads is not None else None
+        self.measure = policy.heads.measure if policy.heads is not None else None
+        self.choice = choice
 
     def read_prompt(self, frontier, full):
         """Heads with a memory read the prompt."""
@@ -400,7 +419,9 @@ class ByThresholds:
     def drafts(self, s, z, answer):
         # LayerSkip's head is certain whatever it says: then nothing needs to be measured
         threshold = self.thresholds[s]
-        return threshold == math.inf or is_certain(self.measure(z), threshold)
+        if threshold == math.inf:
+            return True
+        return is_certain(self.choice.uncertainty(self.measure, z), threshold)
 
     def learn(self, full, kept):
         pass
@@ -422,6 +443,9 @@ class Record:
         self.right.append(GUESS * 0.3)                    # beyond them all
         self.seen = [GUESS] * len(self.right)             # answers; `right` of them were kept
 
+    def bin_of(self, uncertainty):
+        return bisect(self.edges, uncertainty)
+
     def learn(self, b, chance):
         """An answer in bin b was kept, or would have been, with this chance."""
         self.seen = [MEMORY * n for n in self.seen]
@@ -429,10 +453,13 @@ class Record:
         self.seen[b] += 1
         self.right[b] += chance
 
-    def bins(self):
-        """[(share of the answers, chance to be kept)]."""
-        total = sum(self.seen)
-        return [(n / total, right / n) for n, right in zip(self.seen, self.right)]
+    def chance(self, b):
+        """How likely an answer in bin b is kept."""
+        return self.right[b] / self.seen[b]
+
+    def usual_chance(self):
+        """How likely any answer is kept."""
+        return sum(self.right) / sum(self.seen)
 
 
 def costs_between(few, many, positions):
@@ -454,25 +481,23 @@ class ByGain:
     a token takes in rounds that ask, at most a plain step. A draft brings S p tokens, worth S p T.
     This is the expected improvement of Leviathan et al. (2023), draft by draft, as optimal
     stopping. (The most tokens per second come when time is priced at what it brings elsewhere:
-    Dinkelbach's rule for ratios.) The cost has two parts: a to ask a head, d to draft its answer.
+    Dinkelbach's rule for ratios.) It costs c_n, if n drafts are pending: to ask the head for it,
+    a_n, and the rest. Rows are cheap in pairs or fours, so the next two drafts count as well, as if
+    they were as sure as this one:
 
-        first draft of a round    a = question + reading_s    d = first - question + deeper_s + row
-        later ones                a = further + reading_s     d = deeper_s + row
+        gain(p) = the largest of the sums of 1, 2 or 3 terms  S p T - c_n,  S p^2 T - c_(n+1),  ..
+        draft  <=>  gain(p) + a_n > 0                 p: the chance of this answer; a_n is spent
+        ask    <=>  gain(p) > 0                       p: the chance of the usual answer
+        ask    <=>  mean of max(0, gain(p) + a_0) > a_0     the first of a round, over all answers
 
-    reading_s is for the positions that exit s must read first, row for one more row to verify. An
-    exit is worth asking by what its answers bring on average, and drafts if this answer pays:
+    One exit drafts: after the prompt, the one with the most tokens per second. A deeper one is
+    taken where the shallow ones are doubtful too often. (To choose anew for every draft, or to ask
+    a deeper exit after a doubtful answer, was tried: it brings nothing. They doubt the same tokens,
+    and the best of several guesses is mostly luck.) p comes from the exit's Record. The prompt is
+    the first evidence, then every verification says which answers were right.
 
-        value_s = mean over answers of max(gain_s, 0) - a
-        gain_s  = S p T - d; for the first draft also p^i T - further - row for i = 2, 3, if that is
-                  more than 0, as if the next two answers were as sure as this one
-
-    The exit of the highest value is asked. So a deeper one is, where a shallow one is doubtful too
-    often. (To ask it after a doubtful answer was tried: it brings nothing, for they doubt the same
-    tokens.) p comes from the exit's Record. The prompt is the first evidence, then every
-    verification says which answers were right.
-
-    The records know single answers, not how they follow each other. So recent rounds count as well:
-    if they and the records together promise no saving, the rule rests after one more round, for
+    The record knows single answers, not how they follow each other. So recent rounds count as well:
+    if they and the record together promise no saving, the rule rests after one more round, for
     4, 8, .. 64 tokens.
 
     The rule looks at the past, at q and at its uncertainty, never at the token drawn.
@@ -482,93 +507,98 @@ class ByGain:
 
     def __init__(self, policy, positions, choice):
         heads = policy.heads
-        self.choice, self.measure = choice, MEASURES[heads.measure]
+        self.choice, self.measure = choice, heads.measure
         self.costs = costs_between(*policy.costs, positions)
         self.records = [Record(heads.calibration, m) for m in range(len(heads.layers))]
-        self.bins = [record.bins() for record in self.records]
+        self.take(0)
         self.wait, self.rest = SHORTEST, 0
         # recent rounds that asked: their tokens, and their ms as the costs say
         self.tokens, self.ms = 8.0, 8 * self.costs.plain
-        # this round: drafts, S, ms so far, (row, exit, bin, answer) of every question
-        self.drafted, self.chance, self.spent, self.asked = 0, 1.0, 0.0, []
-        # positions since the prompt that are settled, and by exit how many it has read
-        self.end, self.read = 0, [0] * len(self.records)
-        # this question: T; a by exit, d without deeper_s; by exit the gains of its bins
-        self.token_ms, self.ask_ms, self.draft_ms, self.gains = self.costs.plain, [], 0.0, []
+        # this round: T, drafts, S, ms so far, (bin, answer) of every question
+        self.token_ms, self.drafted, self.chance = self.costs.plain, 0, 1.0
+        self.spent, self.asked = 0.0, []
+        # positions since the prompt that are settled, and how many the exit has read
+        self.end = self.read = 0
+        # this question: a_n, and what the exit takes to read what it has not
+        self.ask_ms = self.unread_ms = 0.0
+
+    def take(self, s):
+        """Exit s drafts from now on."""
+        self.exit, self.record, self.step_ms = s, self.records[s], self.steps(s)
+
+    def steps(self, s):
+        """c_0, c_1, .. of exit s: ms from asking for a draft to its row of the verification."""
+        rows = self.costs.rows
+        steps = [self.costs.deeper[s] + more - less for less, more in zip(rows, rows[1:])]
+        return [steps[0] + self.costs.first, *(self.costs.further + step for step in steps[1:])]
 
     def read_prompt(self, frontier, full):
         """The first evidence: what every exit would have said at the prompt's last positions."""
         for s, record in enumerate(self.records):
             z = frontier.ask(s, len(full))                                # (n, V)
             chances = self.choice.chance_kept(full, self.choice.of(z))    # (n,)
-            for u, chance in zip(self.measure(z).tolist(), chances.tolist()):
-                record.learn(bisect(record.edges, u), chance)
-            self.bins[s] = record.bins()
+            uncertainty = self.choice.uncertainty(self.measure, z)        # (n,)
+            for u, chance in zip(uncertainty.tolist(), chances.tolist()):
+                record.learn(record.bin_of(u), chance)
+        rates = [self.rate(s) for s in range(len(self.records))]
+        self.take(rates.index(max(rates)))
+
+    def rate(self, s):
+        """Tokens per ms of the best number of drafts from exit s, all of the usual chance."""
+        p = self.records[s].usual_chance()
+        tokens, ms, best = 1.0, self.costs.plain, 0.0
+        for n, step in enumerate(self.steps(s), 1):
+            tokens += p ** n
+            ms += step
+            best = max(best, tokens / ms)
+        return best
 
     def exits_to_ask(self, drafted):
-        """The exit that is most worth asking: a list of one, or of none."""
-        if drafted == 0:
-            # a new round
-            self.chance, self.spent = 1.0, self.costs.plain
-            if self.rest:
-                self.rest -= 1
-                return []
-        # what this question and its draft cost
-        self.drafted, self.token_ms = drafted, min(self.costs.plain, self.ms / self.tokens)
-        ask, draft = self.costs.further, 0.0
-        if drafted == 0:
-            ask, draft = self.costs.question, self.costs.first - self.costs.question
-        self.ask_ms = [ask + self.costs.reading * (self.end + drafted - n) for n in self.read]
-        self.draft_ms = draft + self.row_ms(drafted)
-        values = self.values()
-        best = max(values)
-        if drafted == 0:
-            self.rest_unless_it_pays(best)                # asks all the same, once more
-        elif best <= 0:
+        """The exit, if it is worth asking: a list of one, or of none."""
+        self.drafted = drafted
+        if drafted:
+            self.ask_ms, self.unread_ms = self.costs.further, 0.0
+            return [self.exit] if self.gain(self.record.usual_chance()) > 0 else []
+        # a new round
+        self.chance, self.spent = 1.0, self.costs.plain
+        if self.rest:
+            self.rest -= 1
             return []
-        return [values.index(best)]
+        self.token_ms = min(self.costs.plain, self.ms / self.tokens)
+        self.ask_ms = self.costs.question
+        self.unread_ms = self.costs.reading * (self.end - self.read)
+        self.rest_unless_it_pays()                        # asks all the same, once more
+        return [self.exit]
 
-    def values(self):
-        """value_s of every exit s. Keeps gain_s of its bins, for `drafts`."""
-        T, later = self.token_ms, self.costs.further + self.row_ms(1)
-        values, self.gains = [], []
-        for ask, deeper, bins in zip(self.ask_ms, self.costs.deeper, self.bins):
-            gains, value = [], -ask
-            for share, p in bins:
-                gain = self.chance * p * T - self.draft_ms - deeper
-                # ahead of the first: what the next two would bring, if they were as sure
-                if self.drafted == 0 and p ** 2 * T > later:
-                    gain += p ** 2 * T - later + max(0.0, p ** 3 * T - later)
-                gains.append(gain)
-                value += share * max(0.0, gain)
-            values.append(value)
-            self.gains.append(gains)
-        return values
+    def gain(self, p):
+        """What a draft of chance p saves, in ms, with up to two more that are as sure."""
+        kept, total, best = self.chance, 0.0, -math.inf
+        for step in self.step_ms[self.drafted:self.drafted + AHEAD]:
+            kept *= p
+            total += kept * self.token_ms - step
+            best = max(best, total)
+        return best
 
-    def row_ms(self, drafted):
-        """What one more draft adds to the verification of so many."""
-        rows = self.costs.rows
-        n = min(drafted + 1, len(rows) - 1)
-        return rows[n] - rows[n - 1]
-
-    def rest_unless_it_pays(self, best):
-        """Rest after this round, longer each time, unless recent rounds and the best value pay."""
+    def rest_unless_it_pays(self):
+        """Rest after this round, longer each time, unless recent rounds and the record pay."""
+        value, record = -self.ask_ms - self.unread_ms, self.record
+        for b, seen in enumerate(record.seen):
+            share = seen / sum(record.seen)
+            value += share * max(0.0, self.gain(record.chance(b)) + self.ask_ms)
         saved = self.tokens * self.costs.plain - self.ms
-        if saved + PROMISES * best > 0:
+        if saved + PROMISES * value > 0:
             self.wait = SHORTEST
         else:
             self.rest, self.wait = self.wait, min(2 * self.wait, LONGEST)
 
     def drafts(self, s, z, answer):
-        b = bisect(self.records[s].edges, self.measure(z).item())
-        drafts = self.gains[s][b] > 0
-        self.asked.append((self.drafted, s, b, answer))
-        self.spent += self.ask_ms[s]
-        self.read[s] = self.end + self.drafted + 1
-        if drafts:
-            self.spent += self.draft_ms + self.costs.deeper[s]
-            _, p = self.bins[s][b]
-            self.chance *= p
+        b = self.record.bin_of(self.choice.uncertainty(self.measure, z).item())
+        p = self.record.chance(b)
+        drafts = self.gain(p) + self.ask_ms > 0
+        self.chance *= p
+        self.spent += self.unread_ms + (self.step_ms[self.drafted] if drafts else self.ask_ms)
+        self.asked.append((b, answer))
+        self.read = self.end + self.drafted + 1
         return drafts
 
     def learn(self, full, kept):
@@ -576,14 +606,11 @@ class ByGain:
         if self.asked:
             self.tokens = RECENT * self.tokens + kept + 1
             self.ms = RECENT * self.ms + self.spent
-        for row, s, b, answer in self.asked:
-            if row <= kept:
-                self.records[s].learn(b, self.choice.chance_kept(full[row], answer).item())
-        for s in {s for _, s, _, _ in self.asked}:
-            self.bins[s] = self.records[s].bins()
+        for i, (b, answer) in enumerate(self.asked[:kept + 1]):
+            self.record.learn(b, self.choice.chance_kept(full[i], answer).item())
         self.asked = []
         self.end += kept + 1
-        self.read = [min(n, self.end) for n in self.read]
+        self.read = min(self.read, self.end)
 
 
 # ---------------------------------------------------------------- the loop
@@ -594,7 +621,7 @@ def decode(model, ids, limit, policy, choice, stop, log):
     """One generation of `limit` tokens at most. Yields (token, depth that produced it)."""
     L = model.config.num_hidden_layers
     frontier = Frontier(model, policy, len(ids) + limit, log)
-    rule = ByThresholds(policy)
+    rule = ByThresholds(policy, choice)
     if policy.costs:
         rule = ByGain(policy, len(ids) + limit // 2, choice)
     # the prompt goes to full depth and gives the first token; heads with a memory read it
@@ -655,13 +682,8 @@ def stream(model, ids, max_new_tokens, policy, *, temperature=0.0, top_p=1.0, st
     if heads is not None and heads.measure not in MEASURES:
         raise InputError(f"the heads' measure {heads.measure!r} is not one of "
                          f"{', '.join(MEASURES)}")
-    generator = torch.Generator(model.embed_in.weight.device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
     log = Log() if log is None else log
-    choice = Choice(temperature, top_p, generator)
+    choice = getattr(model, "Choice", Choice)(temperature, top_p, seed)
     return decode(model, list(ids), limit, policy, choice, stop, log)
 
 

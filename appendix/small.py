@@ -5,7 +5,8 @@ calls count. NumPy's cost less, and views of its arrays cost next to nothing. It
 one row by a small matrix in half the time of PyTorch's, and two to four rows take little longer
 than one, if three things are as it likes them:
 
-    the matrix     cut into panels of 32 or 64 columns, each in one piece, read in order
+    the matrix     cut into panels of 64 columns, each in one piece, read in order
+    the rows       even: two take less time than one
     the keys       transposed, K x N, so that q k is a sum of K rows of length N
     the sizes      below ONE_THREAD multiplications: from there on it starts threads of its own,
                    and those of the two libraries collide; longer products are PyTorch's
@@ -18,15 +19,20 @@ as fast, and its threads share the work.
 Letters: B batch, T rows, N cached positions, D hidden size, I the MLP's width, H heads, K head
 size, V vocabulary.
 """
+import math
+
 import numpy as np
 import torch
 
-from appendix.fast import (MOST_ROWS, Fused, FusedBlockHead, FusedHead, Product, prompt_attention,
-                           rotate_pairs)
+from appendix.fast import (MOST_ROWS, Fused, FusedBlockHead, FusedHead, Product,
+                           prompt_attention)
+from dssd import Choice
 from heads import BlockHead, ExitHead, TiedHead
+from model import check_numbers
 
 ONE_THREAD = 2 ** 19    # multiplications of one product from which on NumPy starts threads
 LARGEST = 2 ** 19       # entries of a matrix that is cut into panels: up to D = 256 and I = 4 D
+WIDTH = 64              # columns of a panel
 
 
 def is_small(model, heads=None):
@@ -41,22 +47,31 @@ class PanelProduct(Product):
     """x -> x w + b by NumPy, with w (n, m) cut into panels of columns. For tensors; `fill` is for
     arrays.
 
-    One or two rows are fastest with narrow panels, more with wide ones. Longer x are PyTorch's.
+    Two rows take less time than one, and four less than three. So one row and three stand in
+    buffers with a row more. They are the same for all products of one shape: `buffers`.
     """
 
-    def __init__(self, w, b):
+    def __init__(self, w, b, buffers):
         super().__init__(w, b)
-        # the panels of either width, and how many rows NumPy multiplies by them on one thread
-        self.narrow, self.narrow_rows = self.cut(32)
-        self.wide, self.wide_rows = self.cut(64)
+        n, m = w.shape
+        self.width = WIDTH if m % WIDTH == 0 else m
+        panels = self.w.numpy().reshape(n, -1, self.width).swapaxes(0, 1)
+        self.panels = np.ascontiguousarray(panels)                        # (m / width, n, width)
+        self.bias = np.zeros(m, np.float32) if b is None else b.numpy()
+        self.most = min(MOST_ROWS, (ONE_THREAD - 1) // (n * self.width))  # rows, on one thread
+        if (n, m) not in buffers:
+            buffers[n, m] = {T: self.with_a_row_more(T) for T in (1, 3) if T < self.most}
+        self.padded = buffers[n, m]
 
-    def cut(self, width):
-        """w as panels (m / width, n, width), or as one where m is no multiple of the width, and how
-        many rows they take at most."""
-        n, m = self.w.shape
-        width = width if m % width == 0 else m
-        panels = self.w.numpy().reshape(n, -1, width).swapaxes(0, 1)
-        return np.ascontiguousarray(panels), min(MOST_ROWS, (ONE_THREAD - 1) // (n * width))
+    def with_a_row_more(self, T):
+        """Rows x (T, n), the same with another, panels of their products, and products (T, m)."""
+        x = np.zeros((T + 1, self.w.shape[0]), np.float32)
+        products = np.zeros((T + 1, self.w.shape[1]), np.float32)
+        return x[:T], x, self.parts(products), products[:T]
+
+    def parts(self, products):
+        """A view of products (T, m) as panels (m / width, T, width)."""
+        return products.reshape(len(products), -1, self.width).swapaxes(0, 1)
 
     def __call__(self, x):
         out = np.empty((len(x), self.w.shape[1]), np.float32)             # (T, m)
@@ -66,15 +81,19 @@ class PanelProduct(Product):
     def fill(self, out, x):
         """out (T, m) = x w + b, for arrays."""
         T = len(x)
-        if T > self.narrow_rows:
+        if T in self.padded:
+            rows, padded, parts, products = self.padded[T]
+            rows[:] = x
+            np.matmul(padded, self.panels, out=parts)
+            np.add(products, self.bias, out=out)
+        elif T <= self.most:
+            np.matmul(x, self.panels, out=self.parts(out))
+            out += self.bias
+        elif T <= MOST_ROWS and self.most:
+            for i in range(0, T, self.most):
+                self.fill(out[i:i + self.most], x[i:i + self.most])
+        else:
             out[:] = super().__call__(torch.from_numpy(x)).numpy()
-            return
-        panels = self.wide if 2 < T <= self.wide_rows else self.narrow
-        count, _, width = panels.shape
-        parts = out.reshape(T, count, width).swapaxes(0, 1)               # (m / width, T, width)
-        np.matmul(x, panels, out=parts)
-        if self.b is not None:
-            out += self.b.numpy()
 
 
 def multiply(a, b, out):
@@ -85,19 +104,75 @@ def multiply(a, b, out):
         torch.from_numpy(out).copy_(torch.bmm(torch.from_numpy(a), torch.from_numpy(b)))
 
 
+def margin(z):
+    """confidence.negative_margin of one position's logits (V,)."""
+    best = z.argmax()
+    p = np.exp(z - z[best])                   # of the most likely token 1, before it is scaled
+    total = np.add.reduce(p)
+    p[best] = 0
+    return (np.maximum.reduce(p) - 1) / total
+
+
+class SmallChoice(Choice):
+    """Choice in arrays. Ids and probabilities are arrays, logits tensors.
+
+    The first call of a function after a pass takes 3 to 10 times as long as the next: the weights
+    have taken its place in the processor's cache. PyTorch's functions are the longer ones. NumPy's
+    ufuncs take less than their methods, which pass through Python: np.add.reduce(p), not p.sum().
+    """
+
+    def of(self, logits):
+        if self.temperature > 0 and self.top_p < 1:
+            return super().of(logits).numpy()
+        z = logits.numpy()
+        largest = np.maximum.reduce(z, -1, keepdims=True)                 # (..., 1)
+        if not math.isfinite(np.add.reduce(largest, None)):
+            check_numbers(logits.amax(-1))                                # it says what is wrong
+        if self.temperature == 0:
+            return z.argmax(-1)
+        p = z - largest                                                   # (..., V)
+        p /= np.float32(max(self.temperature, 1e-20))
+        np.exp(p, out=p)
+        p /= np.add.reduce(p, -1, keepdims=True)
+        return p
+
+    def each(self, answers):
+        return answers.tolist() if self.temperature == 0 else list(answers)
+
+    def draw(self, p):
+        upto = np.add.accumulate(p.astype(np.float64))                    # (V,)
+        return int(upto.searchsorted(self.random() * upto[-1], "right"))
+
+    def uncertainty(self, measure, logits):
+        if measure != "margin" or logits.ndim > 1:
+            return super().uncertainty(measure, logits)
+        u = margin(logits.numpy())
+        return u if u <= 0 else np.float32(np.inf)                        # NaN is never certain
+
+    def chance_kept(self, full, head):
+        if self.temperature == 0:
+            return full == head
+        return np.add.reduce(np.minimum(full, head), -1)
+
+
 class Small(Fused):
     """Fused in arrays: residual streams are arrays, and products of few rows NumPy's. Logits are
     tensors. A cache is two arrays, keys (blocks, H, K, room) and values (blocks, H, room, K).
     """
+    Choice = SmallChoice
 
     def __init__(self, model):
+        self.buffers = {}                     # of the products, by their rows and shape
         super().__init__(model)
-        self.table = model.embed_in.weight.detach().numpy()               # (V, D)
+        self.like = model.embed_in.weight.detach()
+        self.table = self.like.numpy()                                    # (V, D)
+        self.turn = self.turn.numpy()                                     # (context, 1, R / 2)
 
     def product(self, w, b, dtype):
         if w.numel() > LARGEST:
             return super().product(w, b, dtype)
-        return PanelProduct(w.detach().to(dtype), None if b is None else b.detach().to(dtype))
+        b = None if b is None else b.detach().to(dtype)
+        return PanelProduct(w.detach().to(dtype), b, self.buffers)
 
     def twin(self, head):
         return TWINS.get(type(head), OtherHead)(self, head)
@@ -114,18 +189,18 @@ class Small(Fused):
         return cache
 
     def new_step(self, T, dtype, device):
-        """A Step whose `pairs` and `hidden` are tensors, and all else arrays."""
+        """A Step whose `hidden` is a tensor, and all else arrays."""
         step = super().new_step(T, dtype, device)
         arrays = {name: getattr(step, name).numpy() for name in ("z", "q", "new", "y", "both")}
-        return step._replace(**arrays)
+        # complex numbers at any address, so that a K may be odd
+        (H, _, K), W = step.q.shape, step.z.shape[1]
+        shape, strides = (T, 2 * H, self.R // 2), (4 * W, 4 * K, 8)       # bytes
+        pairs = np.ndarray(shape, np.complex64, arrays["z"], 0, strides)
+        return step._replace(pairs=pairs, **arrays)
 
     def embed(self, ids):
-        ids = np.asarray(ids)
-        try:
-            if ids.min(initial=0) >= 0:
-                return self.table[ids]
-        except IndexError:
-            pass
+        if len(ids) == len(ids[0]) == 1 and 0 <= ids[0][0] < len(self.table):
+            return self.table[None, ids[0][0]:ids[0][0] + 1]              # (1, 1, D)
         return self.model.embed(ids).numpy()                              # it refuses wrong ones
 
     # NaN and infinity need no warning here: check_numbers finds them in the logits
@@ -142,7 +217,7 @@ class Small(Fused):
         T, n = x.shape[1], cache.length[start]
         end = n + T
         self.check_room(end, cache)
-        z, pairs, q, new, y, hidden, both = self.step(T, self.embed_in.weight)
+        z, pairs, q, new, y, hidden, both = self.step(T, self.like)
         turn = self.turn[n:end]                                           # (T, 1, R / 2)
         prompt = n == 0 and T > 1
         if not prompt:
@@ -151,7 +226,7 @@ class Small(Fused):
         stream = torch.from_numpy(x)                                      # the same memory
         for depth, (up, down) in enumerate(blocks, start):
             up.fill(z, self.normalised(stream).numpy()[0])
-            rotate_pairs(pairs, turn)
+            pairs *= turn
             k, v = self.store(new, cache, depth)
             if prompt:
                 y[:] = prompt_attention(*map(torch.from_numpy, (q, *new))).numpy()
@@ -182,7 +257,8 @@ class Small(Fused):
         step = self.step(len(x), x)
         up, _ = self.blocks[block]
         up.fill(step.z, self.normalised(x).numpy())
-        rotate_pairs(step.pairs, self.turn[n:n + len(x)])
+        pairs = step.pairs
+        pairs *= self.turn[n:n + len(x)]
         self.store(step.new, cache, block)
 
 

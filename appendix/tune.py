@@ -58,7 +58,7 @@ def costs_at(positions, decoder, heads, temperature, repeats):
     never = [-math.inf, *(None for _ in others)]
     # where drafts from the first exit cost nothing, the rule drafts up to its cap
     forbidden = [0.0, *(FORBIDDEN for _ in others)]
-    free = [Costs(n, 1.0, 0.0, 0.0, 0.0, forbidden, [0.0, 0.0], 0.0) for n in (0, 1)]
+    free = [Costs(n, 1.0, 0.0, 0.0, 0.0, forbidden, [0.0] * ROWS, 0.0) for n in (0, 1)]
     policies = ((Plain(), 0), (DSSD(heads, never), 0), (AutoDSSD(heads, free, 1), 1),
                 (AutoDSSD(heads, free, 1 + MORE), 1 + MORE))      # and the drafts of a round
     repeated, begin = [], time.perf_counter()

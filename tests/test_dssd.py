@@ -245,7 +245,7 @@ def test_a_summary_adds_generations_up():
 
 def priced(plain, question, draft, exits=3):
     """Two Costs, in ms, the same for all positions and drafts. A draft's includes the question."""
-    return [Costs(n, plain, question, draft, draft, [0.0] * exits, [0.0, 0.0], 0.0)
+    return [Costs(n, plain, question, draft, draft, [0.0] * exits, [0.0] * 17, 0.0)
             for n in (0, 1000)]
 
 
@@ -286,64 +286,85 @@ def test_what_always_holds_is_drafted_to_the_cap():
     assert s.acceptance == 1 and max(s.draft_lengths) == 8 and s.tau > 6
 
 
+def by_gain(costs, exits=(1, 3), **calibration):
+    """A rule whose exits, at full depth 4, have these calibrated thresholds."""
+    heads = shaken(tiny(), list(exits))
+    heads.calibration = calibration
+    policy = AutoDSSD(heads, [Costs(n, *costs) for n in (0, 1000)])
+    return ByGain(policy, 100, D.Choice(0.0, 1.0))
+
+
 def test_the_rule_by_hand():
-    model = tiny()
-    heads = shaken(model, [1, 3])
-    heads.calibration = {"0.90": [1.0, 1.0]}
-    costs = [Costs(n, 10.0, 0.5, 2.5, 3.0, [0.0, 1.0], [0.0, 0.0], 0.0) for n in (0, 1000)]
-    rule = ByGain(AutoDSSD(heads, costs), 100, D.Choice(0.0, 1.0, None))
+    rule = by_gain((10.0, 0.5, 2.5, 3.0, [0.0, 1.0], [0.0] * 17, 0.0), **{"0.90": [1.0, 1.0]})
     for record, chances in zip(rule.records, ((0.9, 0.1), (0.8, 0.7))):
         record.seen, record.right = [1.0, 1.0], list(chances)
-    rule.bins = [record.bins() for record in rule.records]
-    # the first draft, and two more if they were as sure. Exit 1, with p = 0.9: 9 - 2, and 8.1 - 3
-    # and 7.29 - 3. Exit 3, with p = 0.8: 8 - 3 + 3.4 + 2.12; with p = 0.7: 7 - 3 + 1.9 + 0.43
-    assert rule.exits_to_ask(0) == [1]
-    assert rule.gains == [pytest.approx([16.39, -1]), pytest.approx([10.52, 6.33])]
-    assert rule.values() == pytest.approx([16.39 / 2 - 0.5, (10.52 + 6.33) / 2 - 0.5])
-    # a later one: exit 1 is worth (9 + 1) / 2 - 3, and exit 3 more: (7 + 6) / 2 - 3
-    assert rule.exits_to_ask(1) == [1] and rule.values() == pytest.approx([2, 3.5])
+    # the first draft, and up to two more if they were as sure: 9 - 2.5, 8.1 - 3 and 7.29 - 3 ms
+    assert rule.exits_to_ask(0) == [0] and rule.rest == 0
+    assert rule.gain(0.9) == pytest.approx(15.89) and rule.gain(0.1) == pytest.approx(-1.5)
+    assert rule.gain(0.6) == pytest.approx(6 - 2.5 + 3.6 - 3)
+    # a later one is asked for by the usual answer: 5 - 3 ms. It is taken if it alone pays its row
+    assert rule.exits_to_ask(1) == [0] and rule.gain(0.5) == pytest.approx(2)
+    assert rule.drafts(0, certain(0.99), torch.tensor(1)) and rule.chance == pytest.approx(0.9)
     # with little hope for the drafts before it, a further one does not pay
     rule.chance = 0.25
     assert rule.exits_to_ask(1) == []
     record = rule.records[0]
     record.learn(1, 1.0)
-    assert record.bins()[1][1] == pytest.approx((D.MEMORY * 0.1 + 1) / (D.MEMORY + 1))
+    assert record.chance(1) == pytest.approx((D.MEMORY * 0.1 + 1) / (D.MEMORY + 1))
+
+
+def certain(p, V=2048):
+    """Logits (V,) of a head that gives one token the probability p."""
+    z = torch.full((V,), math.log((1 - p) / (V - 1)))
+    z[1] = math.log(p)
+    return z
+
+
+def test_the_exit_with_the_most_tokens_per_second_drafts():
+    rule = by_gain((10.0, 0.5, 2.5, 3.0, [0.0, 1.0], [0.0] * 17, 0.0))
+    for record, chance in zip(rule.records, (0.5, 0.75)):
+        record.seen, record.right = [1.0], [chance]
+    # one draft from exit 1: 1.5 tokens in 12.5 ms. Two from exit 3: 1 + 0.75 + 0.75^2 in 17.5 ms
+    assert rule.rate(0) == pytest.approx(1.5 / 12.5)
+    assert rule.rate(1) == pytest.approx(2.3125 / 17.5)
+    # where blocks 2 and 3 do nothing, exit 2 is always right, and exit 1 is not
+    model = silence(tiny(max_position_embeddings=128), (2, 3))
+    costs = [Costs(n, 4.0, 0.1, 0.6, 0.6, [0.0, 0.1], [0.0] * 17, 0.0) for n in (0, 1000)]
+    policy = AutoDSSD(ExitHeads(model, [1, 2], "tied"), costs)
+    assert set(generate(model, [1, 2, 3] * 20, 50, policy).depths) == {2, 4}
 
 
 def test_a_row_that_is_dear_ends_a_round_and_unread_positions_are_charged():
-    heads = shaken(tiny(), [1, 3])
-    heads.calibration = {}
     rows = [0.0, 0.5, 1.0, 9.0, 9.5]                     # the fourth row starts a second load
-    costs = [Costs(n, 10.0, 0.5, 2.0, 1.0, [0.0, 1.0], rows, 0.25) for n in (0, 1000)]
-    rule = ByGain(AutoDSSD(heads, costs), 100, D.Choice(0.0, 1.0, None))
-    rule.bins = [[(1.0, 0.9)], [(1.0, 0.05)]]
-    z, answer = torch.zeros(2048), torch.tensor(1)
+    rule = by_gain((10.0, 0.5, 2.0, 1.0, [0.0, 1.0], rows, 0.25))
+    rule.record.seen, rule.record.right = [1.0], [0.9]
     for drafted in (0, 1):
-        assert rule.exits_to_ask(drafted) == [0] and rule.drafts(0, z, answer)
-    # first: 2 and a row of 0.5; second: 1 and 0.5. A third brings 0.9^3 of 10 ms, for 1 and 8
-    assert rule.spent == pytest.approx(10 + 2.5 + 1.5) and rule.row_ms(2) == 8
+        assert rule.exits_to_ask(drafted) == [0]
+        assert rule.drafts(0, torch.zeros(2048), torch.tensor(1))
+    # first: 2 and a row of 0.5; second: 1 and 0.5. A third brings 0.9^3 of 10 ms, for 1 and 8; and
+    # with a fourth 0.9^4, for 1 and 0.5
+    assert rule.spent == pytest.approx(10 + 2.5 + 1.5) and rule.steps(0) == [2.5, 1.5, 9, 1.5]
+    rule.drafted = 2
+    assert rule.gain(0.9) == pytest.approx(7.29 - 9 + 6.561 - 1.5)
+    rule.chance = 0.5
     assert rule.exits_to_ask(2) == []
-    assert rule.row_ms(3) == rule.row_ms(9) == 0.5       # beyond what was measured: the last row
-    # one of two was kept. Exit 1 has read what is settled, exit 3 none of it
+    assert rule.exits_to_ask(4) == []                    # beyond what was measured
+    # one of two was kept, and the exit has read what is settled
     rule.learn([1, 0, 0], 1)
     rule.exits_to_ask(0)
-    assert rule.ask_ms == pytest.approx([0.5, 0.5 + 2 * 0.25])
-    # after a rest of three tokens both have to read
+    assert rule.unread_ms == 0
+    # after a rest of three tokens it has to read
     for _ in range(3):
         rule.learn([0], 0)
     rule.exits_to_ask(0)
-    assert rule.ask_ms == pytest.approx([0.5 + 3 * 0.25, 0.5 + 5 * 0.25])
+    assert rule.unread_ms == pytest.approx(3 * 0.25)
 
 
-def test_rounds_that_save_nothing_end_in_a_rest_whatever_the_records_say():
-    """The records promise 0.8 ms a round, but rounds lose 3: they cost 13 ms and keep nothing."""
-    heads = shaken(tiny(), [1])
-    heads.calibration = {}
-    costs = [Costs(n, 10.0, 1.0, 3.0, 30.0, [0.0], [0.0, 0.0], 0.0) for n in (0, 1000)]
-    rule = ByGain(AutoDSSD(heads, costs), 100, D.Choice(0.0, 1.0, None))
-    rounds = 0
+def test_rounds_that_save_nothing_end_in_a_rest_whatever_the_record_says():
+    """The record promises 0.8 ms a round, but rounds lose 3: they cost 13 ms and keep nothing."""
+    rule, rounds = by_gain((10.0, 1.0, 3.0, 30.0, [0.0], [0.0] * 17, 0.0), [1]), 0
     while rule.rest == 0:
-        rule.bins = [[(1.0, 0.38)]]
+        rule.record.seen, rule.record.right = [1.0], [0.38]
         assert rule.exits_to_ask(0) == [0] and rounds < 20
         assert rule.drafts(0, torch.zeros(2048), torch.tensor(1))
         assert rule.spent == pytest.approx(13)
@@ -440,14 +461,14 @@ def test_sampled_output_has_the_full_models_distribution(kind, thresholds, tempe
     assert abs(chi_square(model, DSSD(heads, thresholds, 3), temperature, top_p)) < 4
 
 
-def keep_too_much(p, q, x, generator):
+def keep_too_much(p, q, x, choice):
     return True, x
 
 
-def keep_by_the_root(p, q, x, generator):
-    if torch.rand((), generator=generator) < p[x].sqrt():
+def keep_by_the_root(p, q, x, choice):
+    if choice.random() < p[x].sqrt():
         return True, x
-    return False, D.draw(p, generator)
+    return False, choice.draw(p)
 
 
 def test_learning_while_sampling_keeps_the_distribution():

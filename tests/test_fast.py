@@ -87,7 +87,7 @@ SINGLE, HALF = torch.float32, torch.bfloat16
 @pytest.mark.parametrize("hidden, dtype, n, m, kind", [
     (32, SINGLE, 40, 24, PanelProduct),                 # one panel
     (32, SINGLE, 96, 192, PanelProduct),                # six
-    (32, SINGLE, 2048, 128, PanelProduct),              # for 7 rows at most
+    (32, SINGLE, 2048, 128, PanelProduct),              # for 3 rows at most, more in pieces
     (32, SINGLE, 64, 9000, Product),
     (512, SINGLE, 64, 128, Product),
     (512, SINGLE, 256, 300, PackedProduct),
@@ -117,10 +117,12 @@ def test_products_equal_plain_ones_in_float64(hidden, dtype, n, m, kind):
         if packs(dtype):
             assert type(multiply) is kind
         if kind is PanelProduct:
-            filled = np.empty((T, m), np.float32)
-            multiply.fill(filled, x.numpy())
-            assert torch.allclose(torch.from_numpy(filled).double(), want, **near)
-            assert multiply.narrow_rows == (7 if n == 2048 else 17)
+            for T in (1, 2, 3, 4, 7, 18):
+                x, filled = torch.randn(T, n), np.empty((T, m), np.float32)
+                want = x.double() @ w + (0 if offset is None else offset.double())
+                multiply.fill(filled, x.numpy())
+                assert torch.allclose(torch.from_numpy(filled).double(), want, **near)
+            assert multiply.most == (3 if n == 2048 else 17)
 
 
 def test_small_models_multiply_by_numpy_up_to_a_limit_and_never_warn(monkeypatch):
