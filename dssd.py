@@ -48,8 +48,8 @@ import torch
 from confidence import MEASURES, is_certain
 from model import InputError, check_numbers, command_line, new_token_limit, seed_number
 
-MEMORY, GUESS = 0.97, 6.0         # a Record keeps this share at every answer; weight of its guess
-RECENT, PROMISES = 0.9, 16        # ByGain keeps this share of recent rounds; weight of the records
+MEMORY, GUESS = 0.97, 12.0        # a Record keeps this share at every answer; weight of its guess
+RECENT, PROMISES = 0.9, 32        # ByGain keeps this share of recent rounds; weight of the records
 SHORTEST, LONGEST = 4, 64         # a rest of ByGain, in tokens
 AHEAD = 3                         # the draft in question, and the next two
 

@@ -19,6 +19,7 @@ as fast, and its threads share the work.
 Letters: B batch, T rows, N cached positions, D hidden size, I the MLP's width, H heads, K head
 size, V vocabulary.
 """
+import functools
 import math
 
 import numpy as np
@@ -104,8 +105,14 @@ def multiply(a, b, out):
         torch.from_numpy(out).copy_(torch.bmm(torch.from_numpy(a), torch.from_numpy(b)))
 
 
-def margin(z):
-    """confidence.negative_margin of one position's logits (V,)."""
+@functools.lru_cache(32)
+def later(T):
+    """-inf where a new row (T, T) would see a later one, else 0."""
+    return np.triu(np.full((T, T), -np.inf, np.float32), 1)
+
+
+def negative_margin(z):
+    """confidence.negative_margin of the logits (V,) of one position."""
     best = z.argmax()
     p = np.exp(z - z[best])                   # of the most likely token 1, before it is scaled
     total = np.add.reduce(p)
@@ -125,15 +132,20 @@ class SmallChoice(Choice):
         if self.temperature > 0 and self.top_p < 1:
             return super().of(logits).numpy()
         z = logits.numpy()
-        largest = np.maximum.reduce(z, -1, keepdims=True)                 # (..., 1)
-        if not math.isfinite(np.add.reduce(largest, None)):
-            check_numbers(logits.amax(-1))                                # it says what is wrong
+        if z.ndim == 1:
+            return self.of_one(z)
+        return np.array([self.of_one(row) for row in z])
+
+    def of_one(self, z):
+        best = z.argmax()                     # NaN is larger than all
+        if not math.isfinite(z[best]):
+            check_numbers(torch.from_numpy(z).amax())                     # it says what is wrong
         if self.temperature == 0:
-            return z.argmax(-1)
-        p = z - largest                                                   # (..., V)
+            return best
+        p = z - z[best]                                                   # (V,)
         p /= np.float32(max(self.temperature, 1e-20))
         np.exp(p, out=p)
-        p /= np.add.reduce(p, -1, keepdims=True)
+        p /= np.add.reduce(p)
         return p
 
     def each(self, answers):
@@ -146,7 +158,7 @@ class SmallChoice(Choice):
     def uncertainty(self, measure, logits):
         if measure != "margin" or logits.ndim > 1:
             return super().uncertainty(measure, logits)
-        u = margin(logits.numpy())
+        u = negative_margin(logits.numpy())
         return u if u <= 0 else np.float32(np.inf)                        # NaN is never certain
 
     def chance_kept(self, full, head):
@@ -162,7 +174,7 @@ class Small(Fused):
     Choice = SmallChoice
 
     def __init__(self, model):
-        self.buffers = {}                     # of the products, by their rows and shape
+        self.buffers = {}                     # of the products, by their shape
         super().__init__(model)
         self.like = model.embed_in.weight.detach()
         self.table = self.like.numpy()                                    # (V, D)
@@ -200,7 +212,7 @@ class Small(Fused):
 
     def embed(self, ids):
         if len(ids) == len(ids[0]) == 1 and 0 <= ids[0][0] < len(self.table):
-            return self.table[None, ids[0][0]:ids[0][0] + 1]              # (1, 1, D)
+            return self.table[None, ids[0][0]:ids[0][0] + 1]              # (1, 1, D), a view
         return self.model.embed(ids).numpy()                              # it refuses wrong ones
 
     # NaN and infinity need no warning here: check_numbers finds them in the logits
@@ -232,8 +244,9 @@ class Small(Fused):
                 y[:] = prompt_attention(*map(torch.from_numpy, (q, *new))).numpy()
             else:
                 multiply(q, k, scores)
-                for i in range(1, T):
-                    scores[:, :i, n + i] = -np.inf                        # no row sees a later one
+                if T > 1:
+                    newest = scores[:, :, n:]
+                    newest += later(T)
                 multiply(torch.from_numpy(scores).softmax(-1).numpy(), v, y)
             hidden.addcmul_(hidden, torch.erf(hidden))                    # sqrt(2) GELU: see fold
             down.fill(added, both)

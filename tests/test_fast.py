@@ -10,9 +10,9 @@ import torch
 import appendix.fast as room
 from appendix import small
 from appendix.fast import FusedHeads, PackedProduct, Product, fast, packs
-from appendix.small import PanelProduct, Small
+from appendix.small import PanelProduct, Small, SmallChoice
 from conftest import TOY, assert_refused, call, shaken, tiny
-from dssd import DSSD, EarlyExit, LayerSkip, Plain, generate
+from dssd import DSSD, Choice, EarlyExit, LayerSkip, Plain, generate
 from heads import KINDS, ExitHeads, held_out_prompts
 from model import InputError, Pythia, sample
 
@@ -146,6 +146,40 @@ def test_small_models_multiply_by_numpy_up_to_a_limit_and_never_warn(monkeypatch
         decoder.unembed(decoder.run(broken, 0, 3, cache))
         decoder.keys_values(broken, 3, cache)
         twins.heads[0].body(broken, twins.heads[0].new_cache(1, 9))
+
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (0.8, 1.0), (1e-30, 1.0), (1.2, 0.9)])
+def test_a_small_models_choices_are_those_of_tensors(temperature, top_p):
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(6, 50)
+    logits[2, 7:] = -math.inf
+    plain, arrays = Choice(temperature, top_p, seed=3), SmallChoice(temperature, top_p, seed=3)
+    want, got = plain.of(logits), arrays.of(logits)
+    assert got.shape == want.shape and np.allclose(got, want, atol=1e-6)
+    chances = arrays.chance_kept(got, np.roll(got, 1, 0))
+    assert np.allclose(chances, plain.chance_kept(want, want.roll(1, 0)), atol=1e-5)
+    singles = zip(logits, plain.each(want), arrays.each(got), strict=True)
+    for z, of_all, of_all_too in singles:
+        a, b = plain.of(z), arrays.of(z)
+        assert np.allclose(b, a, atol=1e-6)
+        assert np.allclose(of_all, a) and np.allclose(of_all_too, b)
+        assert [plain.token(a) for _ in range(20)] == [arrays.token(b) for _ in range(20)]
+        for measure in ("margin", "entropy"):
+            u = arrays.uncertainty(measure, z).item()
+            assert u == pytest.approx(plain.uncertainty(measure, z).item(), abs=1e-5)
+    assert np.allclose(arrays.uncertainty("margin", logits), plain.uncertainty("margin", logits))
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_small_models_choices_refuse_what_is_no_number(wrong):
+    z = torch.full((50,), wrong)
+    if wrong != -math.inf:
+        z[1:] = 0
+    for temperature in (0.0, 0.8):
+        for logits in (z, torch.stack((torch.zeros(50), z))):
+            with pytest.raises(InputError, match="not numbers in float32"):
+                SmallChoice(temperature, 1.0).of(logits)
+    if wrong is math.nan:
+        assert SmallChoice(0.0, 1.0).uncertainty("margin", z).item() == math.inf
 
 
 @pytest.mark.parametrize("packed", [True, False])     # False: as where nothing can be packed
