@@ -1,17 +1,19 @@
-"""Side room: the fast twin of a small model, multiplied by NumPy.
+"""Side room: the fast twin of a small model, in NumPy.
 
 In a small model a matrix is read in a few microseconds, about what a call of PyTorch costs. So the
-calls count. NumPy's cost less, and views of its arrays cost next to nothing. Its library multiplies
-one row by a small matrix in half the time of PyTorch's, and two to four rows take little longer
-than one, if three things are as it likes them:
+calls count, and the cold ones most: a pass fills the processor's cache with weights, and then the
+first call of a function takes 3 to 10 times as long as the next. NumPy's functions are shorter, and
+views of its arrays cost next to nothing. Its library multiplies a row by a small matrix in a third
+of the time of PyTorch's, and four rows take little longer, if four things are as it likes them:
 
     the matrix     cut into panels of 64 columns, each in one piece, read in order
-    the rows       even: two take less time than one
+    the rows       even up to four: two take less time than one
     the keys       transposed, K x N, so that q k is a sum of K rows of length N
     the sizes      below ONE_THREAD multiplications: from there on it starts threads of its own,
                    and those of the two libraries collide; longer products are PyTorch's
 
-Normalisation, softmax and GELU stay PyTorch's, on the same memory.
+Normalisation, softmax and GELU stay PyTorch's, on the same memory: there its calls stay warm, once
+in every block. After the pass, `SmallChoice` reads tokens and uncertainty off the logits.
 
 `appendix.fast.fast` takes this twin for a model in float32 on a CPU whose folded matrices have at
 most LARGEST entries. Wider models read their weights for longer than a call takes: there oneDNN is
@@ -123,9 +125,7 @@ def negative_margin(z):
 class SmallChoice(Choice):
     """Choice in arrays. Ids and probabilities are arrays, logits tensors.
 
-    The first call of a function after a pass takes 3 to 10 times as long as the next: the weights
-    have taken its place in the processor's cache. PyTorch's functions are the longer ones. NumPy's
-    ufuncs take less than their methods, which pass through Python: np.add.reduce(p), not p.sum().
+    All its calls are cold. np.add.reduce(p), not p.sum(): methods pass through more code.
     """
 
     def of(self, logits):

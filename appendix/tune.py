@@ -20,8 +20,8 @@ positions cached and with many, and dssd.py takes the line between.
 
     python -m appendix.tune             the costs, and what acceptance a first draft then needs
     python -m appendix.tune --hard      then DSSD auto beside Plain on texts that are hard to draft
-Expect on the toy a question to cost 0.3 of a plain step, a first draft 0.5 to 0.6, and a later one
-0.4.
+Expect on the toy a question to cost 0.2 of a plain step, a first draft 0.5, and a later one less
+than 0.4.
 """
 import argparse
 import math
