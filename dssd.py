@@ -115,7 +115,8 @@ class Costs:
 def AutoDSSD(heads, costs, max_draft=16):
     """Ours, beside the paper: draft where the expected gain exceeds the costs. See ByGain.
 
-    costs: two Costs, with few and with many positions cached.
+    costs: two Costs, with few and with many positions cached. No round has more drafts than they
+    know rows for.
     """
     return Policy("DSSD auto", heads, always(heads, None), max_draft, costs=costs)
 
@@ -288,7 +289,7 @@ class Frontier:
 class Draft(NamedTuple):
     token: int
     depth: int                    # of the exit that drafted it
-    q: torch.Tensor               # the head's distribution (V,) when sampling
+    answer: object                # of Choice.of: when sampling the head's distribution q (V,)
 
 
 def distribution(logits, temperature, top_p):
@@ -458,7 +459,7 @@ class Record:
         return self.right[b] / self.seen[b]
 
     def usual_chance(self):
-        """How likely any answer is kept."""
+        """How likely an answer is kept of which nothing is known yet."""
         return sum(self.right) / sum(self.seen)
 
 
@@ -481,24 +482,30 @@ class ByGain:
     a token takes in rounds that ask, at most a plain step. A draft brings S p tokens, worth S p T.
     This is the expected improvement of Leviathan et al. (2023), draft by draft, as optimal
     stopping. (The most tokens per second come when time is priced at what it brings elsewhere:
-    Dinkelbach's rule for ratios.) It costs c_n, if n drafts are pending: to ask the head for it,
-    a_n, and the rest. Rows are cheap in pairs or fours, so the next two drafts count as well, as if
-    they were as sure as this one:
+    Dinkelbach's rule for ratios.) With n drafts pending, the next one costs c_n. Of this a_n is
+    spent once the head was asked:
 
-        gain(p) = the largest of the sums of 1, 2 or 3 terms  S p T - c_n,  S p^2 T - c_(n+1),  ..
-        draft  <=>  gain(p) + a_n > 0                 p: the chance of this answer; a_n is spent
-        ask    <=>  gain(p) > 0                       p: the chance of the usual answer
-        ask    <=>  mean of max(0, gain(p) + a_0) > a_0     the first of a round, over all answers
+        c_0 = first + deeper + row_1            a_0 = question
+        c_n = further + deeper + row_(n+1)      a_n = further
 
-    One exit drafts: after the prompt, the one with the most tokens per second. A deeper one is
-    taken where the shallow ones are doubtful too often. (To choose anew for every draft, or to ask
-    a deeper exit after a doubtful answer, was tried: it brings nothing. They doubt the same tokens,
-    and the best of several guesses is mostly luck.) p comes from the exit's Record. The prompt is
-    the first evidence, then every verification says which answers were right.
+    Rows are cheap in pairs or fours. So the next two drafts count as well, as if they were as sure:
+
+        gain(p) = the largest of the sums of 1, 2, 3 terms  S p T - c_n,  S p^2 T - c_(n+1),  ..
+        ask   <=>  gain(p) > 0                  p: the chance of an answer not yet seen; n > 0
+        draft <=>  gain(p) + a_n > 0            p: the chance of this answer
+
+    A round's first question is asked unless the rule rests. It is worth the mean, over all answers,
+    of max(0, gain(p) + a_0), less a_0 and less what the exit has still to read.
+
+    One exit drafts: the one with the most tokens per second by the prompt's evidence. So a deeper
+    one does where the shallow ones are doubtful too often. (To choose anew for every draft, or to
+    ask a deeper exit after a doubtful answer, was tried: it brings nothing. The exits doubt the
+    same tokens, and the best of several guesses is mostly luck.) p comes from the exit's Record.
+    The prompt is its first evidence, then every verification says which answers were right.
 
     The record knows single answers, not how they follow each other. So recent rounds count as well:
-    if they and the record together promise no saving, the rule rests after one more round, for
-    4, 8, .. 64 tokens.
+    if they and the first question's worth together promise no saving, the rule rests after one more
+    round, for 4, 8, .. 64 tokens.
 
     The rule looks at the past, at q and at its uncertainty, never at the token drawn.
     """
@@ -508,7 +515,7 @@ class ByGain:
     def __init__(self, policy, positions, choice):
         heads = policy.heads
         self.choice, self.measure = choice, heads.measure
-        self.costs = costs_between(*policy.costs, positions)
+        self.costs, self.max_draft = costs_between(*policy.costs, positions), policy.max_draft
         self.records = [Record(heads.calibration, m) for m in range(len(heads.layers))]
         self.take(0)
         self.wait, self.rest = SHORTEST, 0
@@ -519,18 +526,20 @@ class ByGain:
         self.spent, self.asked = 0.0, []
         # positions since the prompt that are settled, and how many the exit has read
         self.end = self.read = 0
-        # this question: a_n, and what the exit takes to read what it has not
+        # this question: a_n, and what the exit takes to read what it has not yet
         self.ask_ms = self.unread_ms = 0.0
 
     def take(self, s):
         """Exit s drafts from now on."""
-        self.exit, self.record, self.step_ms = s, self.records[s], self.steps(s)
+        self.exit, self.record, self.draft_ms = s, self.records[s], self.draft_costs(s)
 
-    def steps(self, s):
-        """c_0, c_1, .. of exit s: ms from asking for a draft to its row of the verification."""
-        rows = self.costs.rows
-        steps = [self.costs.deeper[s] + more - less for less, more in zip(rows, rows[1:])]
-        return [steps[0] + self.costs.first, *(self.costs.further + step for step in steps[1:])]
+    def draft_costs(self, s):
+        """c_0, c_1, .. of exit s, in ms."""
+        rows = self.costs.rows[:self.max_draft + 1]
+        drafts = [self.costs.further + self.costs.deeper[s] + more - less
+                  for less, more in zip(rows, rows[1:])]
+        drafts[0] += self.costs.first - self.costs.further
+        return drafts
 
     def read_prompt(self, frontier, full):
         """The first evidence: what every exit would have said at the prompt's last positions."""
@@ -547,9 +556,9 @@ class ByGain:
         """Tokens per ms of the best number of drafts from exit s, all of the usual chance."""
         p = self.records[s].usual_chance()
         tokens, ms, best = 1.0, self.costs.plain, 0.0
-        for n, step in enumerate(self.steps(s), 1):
+        for n, draft in enumerate(self.draft_costs(s), 1):
             tokens += p ** n
-            ms += step
+            ms += draft
             best = max(best, tokens / ms)
         return best
 
@@ -573,18 +582,17 @@ class ByGain:
     def gain(self, p):
         """What a draft of chance p saves, in ms, with up to two more that are as sure."""
         kept, total, best = self.chance, 0.0, -math.inf
-        for step in self.step_ms[self.drafted:self.drafted + AHEAD]:
+        for draft in self.draft_ms[self.drafted:self.drafted + AHEAD]:
             kept *= p
-            total += kept * self.token_ms - step
+            total += kept * self.token_ms - draft
             best = max(best, total)
         return best
 
     def rest_unless_it_pays(self):
         """Rest after this round, longer each time, unless recent rounds and the record pay."""
-        value, record = -self.ask_ms - self.unread_ms, self.record
-        for b, seen in enumerate(record.seen):
-            share = seen / sum(record.seen)
-            value += share * max(0.0, self.gain(record.chance(b)) + self.ask_ms)
+        value, total = -self.ask_ms - self.unread_ms, sum(self.record.seen)
+        for b, seen in enumerate(self.record.seen):
+            value += seen / total * max(0.0, self.gain(self.record.chance(b)) + self.ask_ms)
         saved = self.tokens * self.costs.plain - self.ms
         if saved + PROMISES * value > 0:
             self.wait = SHORTEST
@@ -596,7 +604,7 @@ class ByGain:
         p = self.record.chance(b)
         drafts = self.gain(p) + self.ask_ms > 0
         self.chance *= p
-        self.spent += self.unread_ms + (self.step_ms[self.drafted] if drafts else self.ask_ms)
+        self.spent += self.unread_ms + (self.draft_ms[self.drafted] if drafts else self.ask_ms)
         self.asked.append((b, answer))
         self.read = self.end + self.drafted + 1
         return drafts

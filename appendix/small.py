@@ -7,13 +7,14 @@ views of its arrays cost next to nothing. Its library multiplies a row by a smal
 of the time of PyTorch's, and four rows take little longer, if four things are as it likes them:
 
     the matrix     cut into panels of 64 columns, each in one piece, read in order
-    the rows       even up to four: two take less time than one
+    the rows       not one or three: two take less time than one, and four less than three
     the keys       transposed, K x N, so that q k is a sum of K rows of length N
     the sizes      below ONE_THREAD multiplications: from there on it starts threads of its own,
                    and those of the two libraries collide; longer products are PyTorch's
 
-Normalisation, softmax and GELU stay PyTorch's, on the same memory: there its calls stay warm, once
-in every block. After the pass, `SmallChoice` reads tokens and uncertainty off the logits.
+Normalisation, attention's softmax and GELU stay PyTorch's, on the same memory: its calls are warm
+where every block makes them. After the pass, `SmallChoice` reads tokens and uncertainty off the
+logits.
 
 `appendix.fast.fast` takes this twin for a model in float32 on a CPU whose folded matrices have at
 most LARGEST entries. Wider models read their weights for longer than a call takes: there oneDNN is
@@ -21,7 +22,6 @@ as fast, and its threads share the work.
 Letters: B batch, T rows, N cached positions, D hidden size, I the MLP's width, H heads, K head
 size, V vocabulary.
 """
-import functools
 import math
 
 import numpy as np
@@ -50,8 +50,8 @@ class PanelProduct(Product):
     """x -> x w + b by NumPy, with w (n, m) cut into panels of columns. For tensors; `fill` is for
     arrays.
 
-    Two rows take less time than one, and four less than three. So one row and three stand in
-    buffers with a row more. They are the same for all products of one shape: `buffers`.
+    One row and three stand in buffers with a row more: see above. The buffers are the same for all
+    products of one shape.
     """
 
     def __init__(self, w, b, buffers):
@@ -67,7 +67,8 @@ class PanelProduct(Product):
         self.padded = buffers[n, m]
 
     def with_a_row_more(self, T):
-        """Rows x (T, n), the same with another, panels of their products, and products (T, m)."""
+        """Buffers with a row more -> views: x (T, n), all of x, all products as panels, products
+        (T, m)."""
         x = np.zeros((T + 1, self.w.shape[0]), np.float32)
         products = np.zeros((T + 1, self.w.shape[1]), np.float32)
         return x[:T], x, self.parts(products), products[:T]
@@ -84,17 +85,21 @@ class PanelProduct(Product):
     def fill(self, out, x):
         """out (T, m) = x w + b, for arrays."""
         T = len(x)
+        # with a row more
         if T in self.padded:
             rows, padded, parts, products = self.padded[T]
             rows[:] = x
             np.matmul(padded, self.panels, out=parts)
             np.add(products, self.bias, out=out)
+        # as they are
         elif T <= self.most:
             np.matmul(x, self.panels, out=self.parts(out))
             out += self.bias
+        # in pieces that stay on one thread
         elif T <= MOST_ROWS and self.most:
             for i in range(0, T, self.most):
                 self.fill(out[i:i + self.most], x[i:i + self.most])
+        # by PyTorch
         else:
             out[:] = super().__call__(torch.from_numpy(x)).numpy()
 
@@ -107,10 +112,14 @@ def multiply(a, b, out):
         torch.from_numpy(out).copy_(torch.bmm(torch.from_numpy(a), torch.from_numpy(b)))
 
 
-@functools.lru_cache(32)
-def later(T):
+def causal_mask(T):
     """-inf where a new row (T, T) would see a later one, else 0."""
+    if T <= MOST_ROWS:
+        return MASK[:T, :T]                   # a corner of a mask is a smaller mask
     return np.triu(np.full((T, T), -np.inf, np.float32), 1)
+
+
+MASK = causal_mask(MOST_ROWS + 1)
 
 
 def negative_margin(z):
@@ -125,7 +134,7 @@ def negative_margin(z):
 class SmallChoice(Choice):
     """Choice in arrays. Ids and probabilities are arrays, logits tensors.
 
-    All its calls are cold. np.add.reduce(p), not p.sum(): methods pass through more code.
+    All its calls are cold. np.add.reduce(p), not p.sum(): an array's method passes through Python.
     """
 
     def of(self, logits):
@@ -137,6 +146,7 @@ class SmallChoice(Choice):
         return np.array([self.of_one(row) for row in z])
 
     def of_one(self, z):
+        """What the logits (V,) of one position say."""
         best = z.argmax()                     # NaN is larger than all
         if not math.isfinite(z[best]):
             check_numbers(torch.from_numpy(z).amax())                     # it says what is wrong
@@ -176,7 +186,7 @@ class Small(Fused):
     def __init__(self, model):
         self.buffers = {}                     # of the products, by their shape
         super().__init__(model)
-        self.like = model.embed_in.weight.detach()
+        self.like = model.embed_in.weight.detach()    # at hand: a module looks names up slowly
         self.table = self.like.numpy()                                    # (V, D)
         self.turn = self.turn.numpy()                                     # (context, 1, R / 2)
 
@@ -213,7 +223,7 @@ class Small(Fused):
     def embed(self, ids):
         if len(ids) == len(ids[0]) == 1 and 0 <= ids[0][0] < len(self.table):
             return self.table[None, ids[0][0]:ids[0][0] + 1]              # (1, 1, D), a view
-        return self.model.embed(ids).numpy()                              # it refuses wrong ones
+        return self.model.embed(ids).detach().numpy()                     # it refuses wrong ones
 
     # NaN and infinity need no warning here: check_numbers finds them in the logits
     @np.errstate(all="ignore")
@@ -233,6 +243,7 @@ class Small(Fused):
         turn = self.turn[n:end]                                           # (T, 1, R / 2)
         prompt = n == 0 and T > 1
         if not prompt:
+            mask = causal_mask(T)
             scores = np.empty((len(q), T, end), np.float32)               # (H, T, n + T)
         x, added = x.copy(), np.empty(x.shape[1:], np.float32)
         stream = torch.from_numpy(x)                                      # the same memory
@@ -245,8 +256,8 @@ class Small(Fused):
             else:
                 multiply(q, k, scores)
                 if T > 1:
-                    newest = scores[:, :, n:]
-                    newest += later(T)
+                    newest = scores[:, :, n:]                             # (H, T, T)
+                    newest += mask
                 multiply(torch.from_numpy(scores).softmax(-1).numpy(), v, y)
             hidden.addcmul_(hidden, torch.erf(hidden))                    # sqrt(2) GELU: see fold
             down.fill(added, both)

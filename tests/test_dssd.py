@@ -286,11 +286,11 @@ def test_what_always_holds_is_drafted_to_the_cap():
     assert s.acceptance == 1 and max(s.draft_lengths) == 8 and s.tau > 6
 
 
-def by_gain(costs, exits=(1, 3), **calibration):
-    """A rule whose exits, at full depth 4, have these calibrated thresholds."""
+def by_gain(costs, exits=(1, 3), cap=16, **calibration):
+    """A rule with these costs, whose exits of 4 blocks have these calibrated thresholds."""
     heads = shaken(tiny(), list(exits))
     heads.calibration = calibration
-    policy = AutoDSSD(heads, [Costs(n, *costs) for n in (0, 1000)])
+    policy = AutoDSSD(heads, [Costs(n, *costs) for n in (0, 1000)], cap)
     return ByGain(policy, 100, D.Choice(0.0, 1.0))
 
 
@@ -302,15 +302,33 @@ def test_the_rule_by_hand():
     assert rule.exits_to_ask(0) == [0] and rule.rest == 0
     assert rule.gain(0.9) == pytest.approx(15.89) and rule.gain(0.1) == pytest.approx(-1.5)
     assert rule.gain(0.6) == pytest.approx(6 - 2.5 + 3.6 - 3)
-    # a later one is asked for by the usual answer: 5 - 3 ms. It is taken if it alone pays its row
-    assert rule.exits_to_ask(1) == [0] and rule.gain(0.5) == pytest.approx(2)
     assert rule.drafts(0, certain(0.99), torch.tensor(1)) and rule.chance == pytest.approx(0.9)
+    # a later one is asked for by the usual answer: 5 - 3 ms. Once asked, it is nearly free
+    rule.chance = 1.0
+    assert rule.exits_to_ask(1) == [0] and rule.gain(0.5) == pytest.approx(2)
+    assert rule.gain(0.1) == pytest.approx(-2) and rule.ask_ms == 3
+    assert rule.drafts(0, torch.zeros(2048), torch.tensor(1)) and rule.chance == pytest.approx(0.1)
     # with little hope for the drafts before it, a further one does not pay
     rule.chance = 0.25
     assert rule.exits_to_ask(1) == []
     record = rule.records[0]
     record.learn(1, 1.0)
     assert record.chance(1) == pytest.approx((D.MEMORY * 0.1 + 1) / (D.MEMORY + 1))
+
+
+def test_an_answer_that_does_not_pay_its_row_is_not_drafted():
+    rule = by_gain((10.0, 0.5, 2.5, 3.0, [0.0, 1.0], [0.0] + [4.0] * 16, 0.0))
+    rule.record.seen, rule.record.right = [1.0], [0.1]
+    rule.exits_to_ask(0)
+    # 1 ms for 0.5, which is spent, and for 2 and a row of 4
+    assert rule.gain(0.1) == pytest.approx(1 - 6.5)
+    assert not rule.drafts(0, torch.zeros(2048), torch.tensor(1)) and rule.spent == 10.5
+    rule.learn([1], 0)
+    # the two drafts after this one count, but only where the cap leaves room for them
+    for cap, pays in ((16, True), (1, False)):
+        rule = by_gain((10.0, 0.5, 5.0, 0.2, [0.0, 1.0], [0.0] * 17, 0.0), cap=cap)
+        rule.exits_to_ask(0)
+        assert (rule.gain(0.42) > 0) == pays and len(rule.draft_ms) == cap
 
 
 def certain(p, V=2048):
@@ -343,7 +361,7 @@ def test_a_row_that_is_dear_ends_a_round_and_unread_positions_are_charged():
         assert rule.drafts(0, torch.zeros(2048), torch.tensor(1))
     # first: 2 and a row of 0.5; second: 1 and 0.5. A third brings 0.9^3 of 10 ms, for 1 and 8; and
     # with a fourth 0.9^4, for 1 and 0.5
-    assert rule.spent == pytest.approx(10 + 2.5 + 1.5) and rule.steps(0) == [2.5, 1.5, 9, 1.5]
+    assert rule.spent == pytest.approx(10 + 2.5 + 1.5) and rule.draft_ms == [2.5, 1.5, 9, 1.5]
     rule.drafted = 2
     assert rule.gain(0.9) == pytest.approx(7.29 - 9 + 6.561 - 1.5)
     rule.chance = 0.5
@@ -357,7 +375,12 @@ def test_a_row_that_is_dear_ends_a_round_and_unread_positions_are_charged():
     for _ in range(3):
         rule.learn([0], 0)
     rule.exits_to_ask(0)
-    assert rule.unread_ms == pytest.approx(3 * 0.25)
+    assert rule.drafts(0, torch.zeros(2048), torch.tensor(1))
+    assert rule.spent == pytest.approx(10 + 3 * 0.25 + 2.5)
+    # where the cap ended a round and all was kept, the last draft's position is unread
+    rule.learn([1, 0], 1)
+    rule.exits_to_ask(0)
+    assert rule.unread_ms == pytest.approx(0.25)
 
 
 def test_rounds_that_save_nothing_end_in_a_rest_whatever_the_record_says():
