@@ -109,7 +109,6 @@ class Costs:
     further: float                # asking, without its row of the verification; each later one
     deeper: list                  # what a draft from each exit costs more than from the first
     rows: list                    # what a pass of 1, 2, .. rows to full depth costs more than of 1
-    reading: float                # what an exit costs more for each position that it has not read
 
 
 def AutoDSSD(heads, costs, max_draft=16):
@@ -444,9 +443,6 @@ class Record:
         self.right.append(GUESS * 0.3)                    # beyond them all
         self.seen = [GUESS] * len(self.right)             # answers; `right` of them were kept
 
-    def bin_of(self, uncertainty):
-        return bisect(self.edges, uncertainty)
-
     def learn(self, b, chance):
         """An answer in bin b was kept, or would have been, with this chance."""
         self.seen = [MEMORY * n for n in self.seen]
@@ -495,13 +491,12 @@ class ByGain:
         draft <=>  gain(p) + a_n > 0            p: the chance of this answer
 
     A round's first question is asked unless the rule rests. It is worth the mean, over all answers,
-    of max(0, gain(p) + a_0), less a_0 and less what the exit has still to read.
+    of max(0, gain(p) + a_0), less a_0.
 
     One exit drafts: the one with the most tokens per second by the prompt's evidence. So a deeper
     one does where the shallow ones are doubtful too often. (To choose anew for every draft, or to
-    ask a deeper exit after a doubtful answer, was tried: it brings nothing. The exits doubt the
-    same tokens, and the best of several guesses is mostly luck.) p comes from the exit's Record.
-    The prompt is its first evidence, then every verification says which answers were right.
+    ask a deeper exit after a doubtful answer, brought nothing: the exits doubt the same tokens.)
+    p comes from the exit's Record. Its first evidence is the prompt, then every verification.
 
     The record knows single answers, not how they follow each other. So recent rounds count as well:
     if they and the first question's worth together promise no saving, the rule rests after one more
@@ -521,13 +516,9 @@ class ByGain:
         self.wait, self.rest = SHORTEST, 0
         # recent rounds that asked: their tokens, and their ms as the costs say
         self.tokens, self.ms = 8.0, 8 * self.costs.plain
-        # this round: T, drafts, S, ms so far, (bin, answer) of every question
+        # this round: T, drafts, S, a_n, ms so far, (bin, answer) of every question
         self.token_ms, self.drafted, self.chance = self.costs.plain, 0, 1.0
-        self.spent, self.asked = 0.0, []
-        # positions since the prompt that are settled, and how many the exit has read
-        self.end = self.read = 0
-        # this question: a_n, and what the exit takes to read what it has not yet
-        self.ask_ms = self.unread_ms = 0.0
+        self.ask_ms, self.spent, self.asked = 0.0, 0.0, []
 
     def take(self, s):
         """Exit s drafts from now on."""
@@ -548,7 +539,7 @@ class ByGain:
             chances = self.choice.chance_kept(full, self.choice.of(z))    # (n,)
             uncertainty = self.choice.uncertainty(self.measure, z)        # (n,)
             for u, chance in zip(uncertainty.tolist(), chances.tolist()):
-                record.learn(record.bin_of(u), chance)
+                record.learn(bisect(record.edges, u), chance)
         rates = [self.rate(s) for s in range(len(self.records))]
         self.take(rates.index(max(rates)))
 
@@ -566,7 +557,7 @@ class ByGain:
         """The exit, if it is worth asking: a list of one, or of none."""
         self.drafted = drafted
         if drafted:
-            self.ask_ms, self.unread_ms = self.costs.further, 0.0
+            self.ask_ms = self.costs.further
             return [self.exit] if self.gain(self.record.usual_chance()) > 0 else []
         # a new round
         self.chance, self.spent = 1.0, self.costs.plain
@@ -575,7 +566,6 @@ class ByGain:
             return []
         self.token_ms = min(self.costs.plain, self.ms / self.tokens)
         self.ask_ms = self.costs.question
-        self.unread_ms = self.costs.reading * (self.end - self.read)
         self.rest_unless_it_pays()                        # asks all the same, once more
         return [self.exit]
 
@@ -590,7 +580,7 @@ class ByGain:
 
     def rest_unless_it_pays(self):
         """Rest after this round, longer each time, unless recent rounds and the record pay."""
-        value, total = -self.ask_ms - self.unread_ms, sum(self.record.seen)
+        value, total = -self.ask_ms, sum(self.record.seen)
         for b, seen in enumerate(self.record.seen):
             value += seen / total * max(0.0, self.gain(self.record.chance(b)) + self.ask_ms)
         saved = self.tokens * self.costs.plain - self.ms
@@ -600,13 +590,13 @@ class ByGain:
             self.rest, self.wait = self.wait, min(2 * self.wait, LONGEST)
 
     def drafts(self, s, z, answer):
-        b = self.record.bin_of(self.choice.uncertainty(self.measure, z).item())
+        u = self.choice.uncertainty(self.measure, z).item()
+        b = bisect(self.record.edges, u)
         p = self.record.chance(b)
         drafts = self.gain(p) + self.ask_ms > 0
         self.chance *= p
-        self.spent += self.unread_ms + (self.draft_ms[self.drafted] if drafts else self.ask_ms)
+        self.spent += self.draft_ms[self.drafted] if drafts else self.ask_ms
         self.asked.append((b, answer))
-        self.read = self.end + self.drafted + 1
         return drafts
 
     def learn(self, full, kept):
@@ -617,8 +607,6 @@ class ByGain:
         for i, (b, answer) in enumerate(self.asked[:kept + 1]):
             self.record.learn(b, self.choice.chance_kept(full[i], answer).item())
         self.asked = []
-        self.end += kept + 1
-        self.read = min(self.read, self.end)
 
 
 # ---------------------------------------------------------------- the loop

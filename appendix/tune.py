@@ -7,7 +7,6 @@ Whether a draft pays depends on the machine. So a few policies decode, and the c
     one draft     every round takes one draft from the first exit: T + first + its row
     four drafts   T + first + 3 further + their rows
     rows          passes of 1 to 17 rows to full depth: what one more row of a verification costs
-    reading       an exit answers after one new position, or after nine
 
 The two with drafts are AutoDSSD's rule, told that drafts are free. So its own time is part of a
 draft's cost. It is not part of a question's, where it would be about a twelfth.
@@ -41,7 +40,7 @@ HARD = (("code", 64, 0.0), ("English", 64, 0.0), ("random", 64, 0.0), ("code", 6
         ("English", 64, 0.8), ("English", 64, 1.2), ("random", 64, 1.0), ("code", 1024, 0.0),
         ("English", 1024, 0.0), ("code", 1900, 0.0))      # text, tokens of the prompt, temperature
 MORE, ROUNDS = 3, 12             # drafts after the first, where they are timed; rounds of a repeat
-ROWS, UNREAD = 17, 8             # of the longest pass: a token and 16 drafts; unread positions
+ROWS = 17                        # of the longest pass: a token and 16 drafts
 LONGEST, FORBIDDEN = 10, 1e9     # seconds of repeats; milliseconds of what is not to happen
 
 
@@ -58,20 +57,19 @@ def costs_at(positions, decoder, heads, temperature, repeats):
     never = [-math.inf, *(None for _ in others)]
     # where drafts from the first exit cost nothing, the rule drafts up to its cap
     forbidden = [0.0, *(FORBIDDEN for _ in others)]
-    free = [Costs(n, 1.0, 0.0, 0.0, 0.0, forbidden, [0.0] * ROWS, 0.0) for n in (0, 1)]
+    free = [Costs(n, 1.0, 0.0, 0.0, 0.0, forbidden, [0.0] * ROWS) for n in (0, 1)]
     policies = ((Plain(), 0), (DSSD(heads, never), 0), (AutoDSSD(heads, free, 1), 1),
                 (AutoDSSD(heads, free, 1 + MORE), 1 + MORE))      # and the drafts of a round
     repeated, begin = [], time.perf_counter()
     while len(repeated) < repeats and (not repeated or time.perf_counter() - begin < LONGEST):
         rounds = [usual_round_ms(decoder, policy, drafts, positions, temperature)
                   for policy, drafts in policies]
-        reading = reading_ms(decoder, heads.heads[0], positions)
-        repeated.append([*rounds, reading, *rows_ms(decoder, positions)])
+        repeated.append([*rounds, *rows_ms(decoder, positions)])
     # a machine that is shared is slow at times: of all repeats, those with the faster half of the
     # policies' rounds count
     repeated.sort(key=lambda times: sum(times[:len(policies)]))
     faster = repeated[:(len(repeated) + 1) // 2]
-    plain, asking, one, several, reading, *passes = [fmean(times) for times in zip(*faster)]
+    plain, asking, one, several, *passes = [fmean(times) for times in zip(*faster)]
     # what more rows cost more than one: never less than fewer rows do
     rows = [max(0.0, min(passes[n:]) - passes[0]) for n in range(ROWS)]
     # a draft from a deeper exit: that many more blocks for its row, which the verification lacks
@@ -80,7 +78,7 @@ def costs_at(positions, decoder, heads, temperature, repeats):
     return Costs(positions, plain, question=max(0.0, asking - plain),
                  first=max(0.0, one - plain - rows[1]),
                  further=max(0.0, (several - one - rows[1 + MORE] + rows[1]) / MORE),
-                 deeper=deeper, rows=rows, reading=max(0.0, reading))
+                 deeper=deeper, rows=rows)
 
 
 def usual_round_ms(decoder, policy, drafts, positions, temperature):
@@ -107,24 +105,6 @@ def rows_ms(decoder, positions):
 
     times = [least_ms(partial(verification, n)) for n in range(1, most + 1)]
     return times + times[-1:] * (ROWS - most)
-
-
-@torch.inference_mode()
-def reading_ms(decoder, head, positions):
-    """What an exit's answer takes longer for each position that the head has still to read."""
-    unread = min(UNREAD, decoder.config.max_position_embeddings - positions - 1)
-    cache = head.new_cache(1, positions + 1 + unread)
-    if cache is None or unread < 1:
-        return 0.0
-    head.body(decoder.embed([[1] * positions]), cache)
-    x = decoder.embed([[1] * (1 + unread)])                               # (1, 1 + unread, D)
-
-    def answer(n):
-        said = head.output(head.body(x[:, :n], cache)[:, -1:])            # (1, 1, V)
-        said.argmax(-1).tolist()
-        cache.truncate(positions)
-
-    return (least_ms(partial(answer, 1 + unread)) - least_ms(partial(answer, 1))) / unread
 
 
 def round_ms(tokens, log, drafts):

@@ -245,7 +245,7 @@ def test_a_summary_adds_generations_up():
 
 def priced(plain, question, draft, exits=3):
     """Two Costs, in ms, the same for all positions and drafts. A draft's includes the question."""
-    return [Costs(n, plain, question, draft, draft, [0.0] * exits, [0.0] * 17, 0.0)
+    return [Costs(n, plain, question, draft, draft, [0.0] * exits, [0.0] * 17)
             for n in (0, 1000)]
 
 
@@ -295,7 +295,7 @@ def by_gain(costs, exits=(1, 3), cap=16, **calibration):
 
 
 def test_the_rule_by_hand():
-    rule = by_gain((10.0, 0.5, 2.5, 3.0, [0.0, 1.0], [0.0] * 17, 0.0), **{"0.90": [1.0, 1.0]})
+    rule = by_gain((10.0, 0.5, 2.5, 3.0, [0.0, 1.0], [0.0] * 17), **{"0.90": [1.0, 1.0]})
     for record, chances in zip(rule.records, ((0.9, 0.1), (0.8, 0.7))):
         record.seen, record.right = [1.0, 1.0], list(chances)
     # the first draft, and up to two more if they were as sure: 9 - 2.5, 8.1 - 3 and 7.29 - 3 ms
@@ -317,7 +317,7 @@ def test_the_rule_by_hand():
 
 
 def test_an_answer_that_does_not_pay_its_row_is_not_drafted():
-    rule = by_gain((10.0, 0.5, 2.5, 3.0, [0.0, 1.0], [0.0] + [4.0] * 16, 0.0))
+    rule = by_gain((10.0, 0.5, 2.5, 3.0, [0.0, 1.0], [0.0] + [4.0] * 16))
     rule.record.seen, rule.record.right = [1.0], [0.1]
     rule.exits_to_ask(0)
     # 1 ms for 0.5, which is spent, and for 2 and a row of 4
@@ -326,7 +326,7 @@ def test_an_answer_that_does_not_pay_its_row_is_not_drafted():
     rule.learn([1], 0)
     # the two drafts after this one count, but only where the cap leaves room for them
     for cap, pays in ((16, True), (1, False)):
-        rule = by_gain((10.0, 0.5, 5.0, 0.2, [0.0, 1.0], [0.0] * 17, 0.0), cap=cap)
+        rule = by_gain((10.0, 0.5, 5.0, 0.2, [0.0, 1.0], [0.0] * 17), cap=cap)
         rule.exits_to_ask(0)
         assert (rule.gain(0.42) > 0) == pays and len(rule.draft_ms) == cap
 
@@ -339,7 +339,7 @@ def certain(p, V=2048):
 
 
 def test_the_exit_with_the_most_tokens_per_second_drafts():
-    rule = by_gain((10.0, 0.5, 2.5, 3.0, [0.0, 1.0], [0.0] * 17, 0.0))
+    rule = by_gain((10.0, 0.5, 2.5, 3.0, [0.0, 1.0], [0.0] * 17))
     for record, chance in zip(rule.records, (0.5, 0.75)):
         record.seen, record.right = [1.0], [chance]
     # one draft from exit 1: 1.5 tokens in 12.5 ms. Two from exit 3: 1 + 0.75 + 0.75^2 in 17.5 ms
@@ -347,14 +347,14 @@ def test_the_exit_with_the_most_tokens_per_second_drafts():
     assert rule.rate(1) == pytest.approx(2.3125 / 17.5)
     # where blocks 2 and 3 do nothing, exit 2 is always right, and exit 1 is not
     model = silence(tiny(max_position_embeddings=128), (2, 3))
-    costs = [Costs(n, 4.0, 0.1, 0.6, 0.6, [0.0, 0.1], [0.0] * 17, 0.0) for n in (0, 1000)]
+    costs = [Costs(n, 4.0, 0.1, 0.6, 0.6, [0.0, 0.1], [0.0] * 17) for n in (0, 1000)]
     policy = AutoDSSD(ExitHeads(model, [1, 2], "tied"), costs)
     assert set(generate(model, [1, 2, 3] * 20, 50, policy).depths) == {2, 4}
 
 
-def test_a_row_that_is_dear_ends_a_round_and_unread_positions_are_charged():
+def test_a_row_that_is_dear_ends_a_round():
     rows = [0.0, 0.5, 1.0, 9.0, 9.5]                     # the fourth row starts a second load
-    rule = by_gain((10.0, 0.5, 2.0, 1.0, [0.0, 1.0], rows, 0.25))
+    rule = by_gain((10.0, 0.5, 2.0, 1.0, [0.0, 1.0], rows))
     rule.record.seen, rule.record.right = [1.0], [0.9]
     for drafted in (0, 1):
         assert rule.exits_to_ask(drafted) == [0]
@@ -367,25 +367,11 @@ def test_a_row_that_is_dear_ends_a_round_and_unread_positions_are_charged():
     rule.chance = 0.5
     assert rule.exits_to_ask(2) == []
     assert rule.exits_to_ask(4) == []                    # beyond what was measured
-    # one of two was kept, and the exit has read what is settled
-    rule.learn([1, 0, 0], 1)
-    rule.exits_to_ask(0)
-    assert rule.unread_ms == 0
-    # after a rest of three tokens it has to read
-    for _ in range(3):
-        rule.learn([0], 0)
-    rule.exits_to_ask(0)
-    assert rule.drafts(0, torch.zeros(2048), torch.tensor(1))
-    assert rule.spent == pytest.approx(10 + 3 * 0.25 + 2.5)
-    # where the cap ended a round and all was kept, the last draft's position is unread
-    rule.learn([1, 0], 1)
-    rule.exits_to_ask(0)
-    assert rule.unread_ms == pytest.approx(0.25)
 
 
 def test_rounds_that_save_nothing_end_in_a_rest_whatever_the_record_says():
     """The record promises 0.4 ms a round, but rounds lose 3: they cost 13 ms and keep nothing."""
-    rule, rounds = by_gain((10.0, 1.0, 3.0, 30.0, [0.0], [0.0] * 17, 0.0), [1]), 0
+    rule, rounds = by_gain((10.0, 1.0, 3.0, 30.0, [0.0], [0.0] * 17), [1]), 0
     while rule.rest == 0:
         rule.record.seen, rule.record.right = [1.0], [0.34]
         assert rule.exits_to_ask(0) == [0] and rounds < 20

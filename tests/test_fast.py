@@ -290,7 +290,7 @@ def test_lossless_on_random_models(kind, graphs):
     ("entropy", (1.5, 2.0, 2.5), 0.0), ("entropy", (1.5, 2.0, 2.5), 0.8),
     ("margin", (-0.5, -0.3, -0.2), 0.0), ("margin", (-0.5, -0.3, -0.2), 0.8)])
 def test_drafts_and_rounds_are_those_of_the_readable_heads(measure, thresholds, temperature):
-    costs = [Costs(n, 4.0, 0.1, 0.6, 0.4, [0.0, 0.1, 0.2], [0.1 * n for n in range(17)], 0.01)
+    costs = [Costs(n, 4.0, 0.1, 0.6, 0.4, [0.0, 0.1, 0.2], [0.1 * n for n in range(17)])
              for n in (0, 100)]
     options, drafted = {"temperature": temperature, "seed": 1}, 0
     for seed, kind in enumerate(KINDS):
