@@ -50,7 +50,7 @@ from model import InputError, check_numbers, command_line, new_token_limit, seed
 
 MEMORY, GUESS = 0.97, 12.0        # a Record keeps this share at every answer; weight of its guess
 RECENT, PROMISES = 0.9, 32        # ByGain keeps this share of recent rounds; weight of the records
-SHORTEST, LONGEST = 4, 64         # a rest of ByGain, in tokens
+SHORTEST, LONGEST = 8, 64         # a rest of ByGain, in tokens
 AHEAD = 3                         # the draft in question, and the next two
 
 # ---------------------------------------------------------------- policies
@@ -430,7 +430,8 @@ class ByThresholds:
 class Record:
     """What one exit's recent answers were worth, in a few bins of uncertainty.
 
-    The calibrated thresholds bound the bins, and their levels are the first guess.
+    The calibrated thresholds bound the bins, and their levels are the first guess of the chances.
+    How often an answer falls into a bin is not guessed: a weak head is never certain.
     """
 
     def __init__(self, calibration, m):
@@ -441,22 +442,26 @@ class Record:
                 self.edges.append(threshold)
                 self.right.append(GUESS * float(level))
         self.right.append(GUESS * 0.3)                    # beyond them all
-        self.seen = [GUESS] * len(self.right)             # answers; `right` of them were kept
+        # answers, with the weight of the guess and without; `right` of the former were kept
+        self.seen, self.came = [GUESS] * len(self.right), [1.0] * len(self.right)
 
     def learn(self, b, chance):
         """An answer in bin b was kept, or would have been, with this chance."""
         self.seen = [MEMORY * n for n in self.seen]
+        self.came = [MEMORY * n for n in self.came]
         self.right = [MEMORY * n for n in self.right]
         self.seen[b] += 1
+        self.came[b] += 1
         self.right[b] += chance
 
     def chance(self, b):
         """How likely an answer in bin b is kept."""
         return self.right[b] / self.seen[b]
 
-    def usual_chance(self):
-        """How likely an answer is kept of which nothing is known yet."""
-        return sum(self.right) / sum(self.seen)
+    def mean(self, value=float):
+        """The mean of value(chance) over all answers: by default, of the chance itself."""
+        weighted = [n * value(self.chance(b)) for b, n in enumerate(self.came)]
+        return sum(weighted) / sum(self.came)
 
 
 def costs_between(few, many, positions):
@@ -500,7 +505,7 @@ class ByGain:
 
     The record knows single answers, not how they follow each other. So recent rounds count as well:
     if they and the first question's worth together promise no saving, the rule rests after one more
-    round, for 4, 8, .. 64 tokens.
+    round, for 8, 16, 32, 64 tokens.
 
     The rule looks at the past, at q and at its uncertainty, never at the token drawn.
     """
@@ -523,6 +528,7 @@ class ByGain:
     def take(self, s):
         """Exit s drafts from now on."""
         self.exit, self.record, self.draft_ms = s, self.records[s], self.draft_costs(s)
+        self.usual = self.record.mean()  # the chance of an answer not yet seen
 
     def draft_costs(self, s):
         """c_0, c_1, .. of exit s, in ms."""
@@ -545,7 +551,7 @@ class ByGain:
 
     def rate(self, s):
         """Tokens per ms of the best number of drafts from exit s, all of the usual chance."""
-        p = self.records[s].usual_chance()
+        p = self.records[s].mean()
         tokens, ms, best = 1.0, self.costs.plain, 0.0
         for n, draft in enumerate(self.draft_costs(s), 1):
             tokens += p ** n
@@ -558,7 +564,7 @@ class ByGain:
         self.drafted = drafted
         if drafted:
             self.ask_ms = self.costs.further
-            return [self.exit] if self.gain(self.record.usual_chance()) > 0 else []
+            return [self.exit] if self.gain(self.usual) > 0 else []
         # a new round
         self.chance, self.spent = 1.0, self.costs.plain
         if self.rest:
@@ -580,9 +586,7 @@ class ByGain:
 
     def rest_unless_it_pays(self):
         """Rest after this round, longer each time, unless recent rounds and the record pay."""
-        value, total = -self.ask_ms, sum(self.record.seen)
-        for b, seen in enumerate(self.record.seen):
-            value += seen / total * max(0.0, self.gain(self.record.chance(b)) + self.ask_ms)
+        value = self.record.mean(lambda p: max(0.0, self.gain(p) + self.ask_ms)) - self.ask_ms
         saved = self.tokens * self.costs.plain - self.ms
         if saved + PROMISES * value > 0:
             self.wait = SHORTEST
@@ -606,7 +610,7 @@ class ByGain:
             self.ms = RECENT * self.ms + self.spent
         for i, (b, answer) in enumerate(self.asked[:kept + 1]):
             self.record.learn(b, self.choice.chance_kept(full[i], answer).item())
-        self.asked = []
+        self.asked, self.usual = [], self.record.mean()
 
 
 # ---------------------------------------------------------------- the loop

@@ -273,9 +273,9 @@ def test_what_cannot_pay_is_probed_ever_more_rarely():
     model = tiny(max_position_embeddings=256)
     policy = AutoDSSD(shaken(model), priced(1.0, 0.1, 2.0))
     log = generate(model, [1, 2, 3], 200, policy).log
-    # one question at a time, and rests of 4, 8, .. 64 tokens
+    # one question at a time, and rests of 8, 16, 32, 64 tokens
     asked = [end - 4 for _, first, end in log.asked if first >= 3]
-    assert asked == [0, 5, 14, 31, 64, 129, 194]
+    assert asked == [0, 9, 26, 59, 124, 189]
     assert all(drafts == 0 for drafts, _ in log.rounds)
 
 
@@ -298,6 +298,7 @@ def test_the_rule_by_hand():
     rule = by_gain((10.0, 0.5, 2.5, 3.0, [0.0, 1.0], [0.0] * 17), **{"0.90": [1.0, 1.0]})
     for record, chances in zip(rule.records, ((0.9, 0.1), (0.8, 0.7))):
         record.seen, record.right = [1.0, 1.0], list(chances)
+    rule.take(0)
     # the first draft, and up to two more if they were as sure: 9 - 2.5, 8.1 - 3 and 7.29 - 3 ms
     assert rule.exits_to_ask(0) == [0] and rule.rest == 0
     assert rule.gain(0.9) == pytest.approx(15.89) and rule.gain(0.1) == pytest.approx(-1.5)
@@ -314,11 +315,15 @@ def test_the_rule_by_hand():
     record = rule.records[0]
     record.learn(1, 1.0)
     assert record.chance(1) == pytest.approx((D.MEMORY * 0.1 + 1) / (D.MEMORY + 1))
+    # of the answers more than half fall into the second bin now
+    share = (D.MEMORY + 1) / (2 * D.MEMORY + 1)
+    assert record.mean() == pytest.approx(0.9 + share * (record.chance(1) - 0.9))
 
 
 def test_an_answer_that_does_not_pay_its_row_is_not_drafted():
     rule = by_gain((10.0, 0.5, 2.5, 3.0, [0.0, 1.0], [0.0] + [4.0] * 16))
     rule.record.seen, rule.record.right = [1.0], [0.1]
+    rule.take(0)
     rule.exits_to_ask(0)
     # 1 ms for 0.5, which is spent, and for 2 and a row of 4
     assert rule.gain(0.1) == pytest.approx(1 - 6.5)
@@ -356,6 +361,7 @@ def test_a_row_that_is_dear_ends_a_round():
     rows = [0.0, 0.5, 1.0, 9.0, 9.5]                     # the fourth row starts a second load
     rule = by_gain((10.0, 0.5, 2.0, 1.0, [0.0, 1.0], rows))
     rule.record.seen, rule.record.right = [1.0], [0.9]
+    rule.take(0)
     for drafted in (0, 1):
         assert rule.exits_to_ask(drafted) == [0]
         assert rule.drafts(0, torch.zeros(2048), torch.tensor(1))
@@ -380,7 +386,7 @@ def test_rounds_that_save_nothing_end_in_a_rest_whatever_the_record_says():
         rule.learn([0, 0], 0)
         rounds += 1
     # saved: -3, -5.7, .. -14.1 ms after 1, 2, .. 6 rounds, beside 32 times the promise; one more
-    assert rounds == 7 and rule.rest == 4 and [rule.exits_to_ask(0) for _ in range(4)] == [[]] * 4
+    assert rounds == 7 and rule.rest == 8 and [rule.exits_to_ask(0) for _ in range(8)] == [[]] * 8
 
 
 # ---------------------------------------------------------------- early exit
