@@ -465,13 +465,14 @@ class Record:
 
 
 def costs_between(few, many, positions):
-    """Costs at this many cached positions, on the line through two measured ones."""
+    """Costs at this many cached positions, on the line through two measured ones. No cost falls
+    with more positions: measured ones do, by chance."""
     share = (positions - few.positions) / (many.positions - few.positions)
 
     def blend(a, b):
         if isinstance(a, list):
             return list(map(blend, a, b))
-        return max(0.0, a + share * (b - a))
+        return max(0.0, a + share * max(0.0, b - a))
 
     return Costs(*map(blend, vars(few).values(), vars(many).values()))    # positions, too
 

@@ -320,6 +320,16 @@ def test_the_rule_by_hand():
     assert record.mean() == pytest.approx(0.9 + share * (record.chance(1) - 0.9))
 
 
+def test_costs_lie_on_a_line_through_two_measured_ones():
+    few = Costs(100, 1.0, 0.3, 0.5, 0.4, [0.0, 0.1], [0.0, 0.2])
+    many = Costs(1100, 3.0, 0.1, 0.7, 0.4, [0.0, 0.3], [0.0, 0.1])
+    at = D.costs_between(few, many, 2100)
+    # the question's cost and a row's fell by chance
+    assert (at.positions, at.plain, at.question) == pytest.approx((2100, 5.0, 0.3))
+    assert at.first == pytest.approx(0.9) and at.deeper == pytest.approx([0.0, 0.5])
+    assert at.rows == pytest.approx([0.0, 0.2])
+
+
 def test_an_answer_that_does_not_pay_its_row_is_not_drafted():
     rule = by_gain((10.0, 0.5, 2.5, 3.0, [0.0, 1.0], [0.0] + [4.0] * 16))
     rule.record.seen, rule.record.right = [1.0], [0.1]
