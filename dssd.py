@@ -117,6 +117,8 @@ def AutoDSSD(heads, costs, max_draft=16):
     costs: two Costs, with few and with many positions cached. No round has more drafts than they
     know rows for.
     """
+    if max_draft < 1:
+        raise InputError("max_draft must be at least 1")
     return Policy("DSSD auto", heads, always(heads, None), max_draft, costs=costs)
 
 

@@ -538,7 +538,7 @@ def test_bad_requests():
         with pytest.raises(InputError, match=words):
             generate(model, ids, n, policy, **options)
     for make in (lambda: LayerSkip(heads, 5, 2), lambda: LayerSkip(heads, 1, 0),
-                 lambda: DSSD(heads, [1] * 3, 0),
+                 lambda: DSSD(heads, [1] * 3, 0), lambda: AutoDSSD(heads, priced(1, 1, 1), 0),
                  lambda: EarlyExit(heads, [1] * 3, "guess")):
         with pytest.raises(InputError):
             make()
