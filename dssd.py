@@ -40,7 +40,7 @@ import sys
 import time
 from bisect import bisect
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -117,9 +117,7 @@ def AutoDSSD(heads, costs, max_draft=16):
     costs: two Costs, with few and with many positions cached. No round has more drafts than they
     know rows for.
     """
-    if max_draft < 1:
-        raise InputError("max_draft must be at least 1")
-    return Policy("DSSD auto", heads, always(heads, None), max_draft, costs=costs)
+    return replace(DSSD(heads, always(heads, None), max_draft), name="DSSD auto", costs=costs)
 
 
 def always(heads, exit):
@@ -330,7 +328,7 @@ class Choice:
 
     def each(self, answers):
         """What `of` said of several positions -> one entry each: ids, or probabilities (V,)."""
-        return answers.tolist() if self.temperature == 0 else answers.unbind()
+        return answers.tolist() if self.temperature == 0 else list(answers)
 
     def token(self, answer):
         """One answer of `of` -> a token id."""
@@ -531,7 +529,6 @@ class ByGain:
     def take(self, s):
         """Exit s drafts from now on."""
         self.exit, self.record, self.draft_ms = s, self.records[s], self.draft_costs(s)
-        self.usual = self.record.mean()  # the chance of an answer not yet seen
 
     def draft_costs(self, s):
         """c_0, c_1, .. of exit s, in ms."""
@@ -567,7 +564,7 @@ class ByGain:
         self.drafted = drafted
         if drafted:
             self.ask_ms = self.costs.further
-            return [self.exit] if self.gain(self.usual) > 0 else []
+            return [self.exit] if self.gain(self.record.mean()) > 0 else []
         # a new round
         self.chance, self.spent = 1.0, self.costs.plain
         if self.rest:
@@ -613,7 +610,7 @@ class ByGain:
             self.ms = RECENT * self.ms + self.spent
         for i, (b, answer) in enumerate(self.asked[:kept + 1]):
             self.record.learn(b, self.choice.chance_kept(full[i], answer).item())
-        self.asked, self.usual = [], self.record.mean()
+        self.asked = []
 
 
 # ---------------------------------------------------------------- the loop

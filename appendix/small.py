@@ -158,9 +158,6 @@ class SmallChoice(Choice):
         p /= np.add.reduce(p)
         return p
 
-    def each(self, answers):
-        return answers.tolist() if self.temperature == 0 else list(answers)
-
     def draw(self, p):
         upto = np.add.accumulate(p.astype(np.float64))                    # (V,)
         return int(upto.searchsorted(self.random() * upto[-1], "right"))
