@@ -20,9 +20,10 @@ The frontier. A decoder is a grid of (position, block). The frontier says, for e
 depth, how many positions have reached it. Drafting lets shallow depths run ahead. Verification
 brings the deep ones up, many positions in one pass. Rejecting drafts lowers integers.
 
-Sampling keeps the full model's distribution p (Leviathan et al., Chen et al. 2023; our addition).
-A draft x, drawn from q, is kept with probability min(1, p(x) / q(x)), else replaced by a draw from
-max(0, p - q). Whether to draft may depend on q, never on the x drawn from it.
+Sampling keeps the full model's distribution p (our addition). A draft x, drawn from q, is kept with
+probability min(1, p(x) / q(x)), else replaced by a draw from max(0, p - q) (Leviathan et al., Chen
+et al. 2023). Several are verified as one block (Sun et al. 2025), which keeps more: `verify_block`.
+Whether to draft may depend on q, never on the x drawn from it.
 
     python dssd.py                  one prompt, coloured by depth, then a table of policies
     python dssd.py --level 0.9 --temperature 0.8 --prompt "class "
@@ -351,8 +352,13 @@ class Choice:
         """A measure of confidence.MEASURES of logits (..., V) -> (...)."""
         return MEASURES[measure](logits)
 
+    def left(self, weight, p, q):
+        """max(0, weight p - q) of probabilities (V,), and its sum."""
+        rest = (weight * p - q).clip(0)
+        return rest, rest.sum().item()
+
     def chance_kept(self, full, head):
-        """How likely verification keeps a head's draft; answers of `of` -> (...). Greedy: bools."""
+        """How likely a first draft is kept; answers of `of` -> (...). Greedy: bools."""
         if self.temperature == 0:
             return full == head
         return torch.minimum(full, head).sum(-1)
@@ -369,29 +375,48 @@ def propose(frontier, rule, drafted, choice):
 
 
 def verify(full, drafts, choice):
-    """The accept rule: the full model's n + 1 answers at n drafts -> (kept, next token)."""
-    # greedy: keep x_i while x_i = argmax z_L
-    if choice.temperature == 0:
-        kept = 0
-        while kept < len(drafts) and drafts[kept].token == full[kept]:
-            kept += 1
-        return kept, full[kept]
-    # sampled: keep x_i ~ q with probability min(1, p(x_i) / q(x_i)), else draw from max(0, p - q)
+    """The accept rule. The full model's n + 1 answers at n drafts -> (kept, next token, chances).
+
+    chances: how likely each draft was to be kept after those before it, up to the first rejected.
+    """
+    if choice.temperature > 0:
+        return verify_block(full, drafts, choice)
+    # keep x_i while x_i = argmax z_L
+    chances = [draft.token == token for draft, token in zip(drafts, full)]
+    kept = [*chances, False].index(False)
+    return kept, full[kept], chances
+
+
+def verify_block(full, drafts, choice):
+    """Drafts x_{i+1} ~ q_i against the full model's p_i, as one block (Sun et al. 2025).
+
+    w_i is the chance that the first i drafts are kept, given what they are:
+
+        w_0 = 1        w_{i+1} = min(1, w_i p_i(x_{i+1}) / q_i(x_{i+1}))
+
+    So after i drafts a token x follows as a draft in min(w_i p_i(x), q_i(x)) of all cases. What w_i
+    p_i(x) lacks has to be drawn: max(0, w_i p_i - q_i), of the sum S_i. So S_i is the chance that
+    exactly i drafts are kept. The loop goes through i = 0 .. n, and the last i that wins counts:
+
+        i wins with chance S_i / (S_i + 1 - w_i), and n with w_n
+
+    One by one (Leviathan et al. 2023), w_{i+1} = w_i min(1, p_i / q_i): a draft that the full model
+    likes better than the head does cannot make up for one that it likes less. So fewer are kept.
+    """
+    weight, kept, rest, chances = 1.0, 0, full[0], []
     for i, (x, _, q) in enumerate(drafts):
-        kept, token = keep_or_replace(full[i], q, x, choice)
-        if not kept:
-            return i, token
-    return len(drafts), choice.draw(full[-1])
-
-
-def keep_or_replace(p, q, x, choice):
-    """Speculative sampling of a draft x ~ q (V,) against the full model's p (V,): (kept, token)."""
-    if choice.random() * q[x] < p[x]:
-        return True, x
-    rest = (p - q).clip(0)
-    if not rest.any():                                                    # p = q up to rounding
-        rest = p
-    return False, choice.draw(rest)
+        # do exactly i drafts stay?
+        left, total = choice.left(weight, full[i], q)                     # (V,), S_i
+        if total and choice.random() * (total + 1 - weight) < total:
+            kept, rest = i, left
+        # w_{i+1}
+        chances.append(1 - total / weight)
+        weight = min(1.0, float(weight * full[i][x] / q[x]))
+        if not weight:
+            break
+    if choice.random() < weight:
+        kept, rest = len(drafts), full[-1]
+    return kept, choice.draw(rest), chances
 
 
 # ---------------------------------------------------------------- when to draft
@@ -423,7 +448,7 @@ class ByThresholds:
             return True
         return is_certain(self.choice.uncertainty(self.measure, z), threshold)
 
-    def learn(self, full, kept):
+    def learn(self, full, kept, chances):
         pass
 
 
@@ -603,13 +628,17 @@ class ByGain:
         self.asked.append((b, answer))
         return drafts
 
-    def learn(self, full, kept):
-        """A verification: of each answer after a right beginning, would it have been kept?"""
+    def learn(self, full, kept, chances):
+        """A verification: of each answer after a right beginning, how likely was it kept?"""
         if self.asked:
             self.tokens = RECENT * self.tokens + kept + 1
             self.ms = RECENT * self.ms + self.spent
-        for i, (b, answer) in enumerate(self.asked[:kept + 1]):
-            self.record.learn(b, self.choice.chance_kept(full[i], answer).item())
+        for (b, _), chance in zip(self.asked[:kept + 1], chances):
+            self.record.learn(b, chance)
+        # the last answer, if it did not draft
+        if kept == len(chances) < len(self.asked):
+            b, answer = self.asked[-1]
+            self.record.learn(b, float(self.choice.chance_kept(full[kept], answer)))
         self.asked = []
 
 
@@ -628,7 +657,7 @@ def decode(model, ids, limit, policy, choice, stop, log):
     log.prompt = len(ids)
     frontier.enter(ids)
     full = choice.of(frontier.full_depth(min(rule.prompt_rows, len(ids))))
-    _, token = verify(choice.each(full[-1:]), [], choice)
+    token = choice.token(full[-1])
     rule.read_prompt(frontier, full)
     drafts, settled, emitted = [], [(token, L)], 0
     while True:
@@ -652,8 +681,8 @@ def decode(model, ids, limit, policy, choice, stop, log):
         if proposal is None:
             # nobody is certain: the full model verifies all drafts in one pass
             full = choice.each(choice.of(frontier.full_depth(len(drafts) + 1)))
-            kept, token = verify(full, drafts, choice)
-            rule.learn(full, kept)
+            kept, token, chances = verify(full, drafts, choice)
+            rule.learn(full, kept, chances)
             rejected = len(drafts) - kept
             if rejected:
                 frontier.cut(frontier.reached[-1] - rejected)

@@ -168,6 +168,10 @@ class SmallChoice(Choice):
         u = negative_margin(logits.numpy())
         return u if u <= 0 else np.float32(np.inf)                        # NaN is never certain
 
+    def left(self, weight, p, q):
+        rest = np.maximum(weight * p - q, 0)
+        return rest, float(np.add.reduce(rest))
+
     def chance_kept(self, full, head):
         if self.temperature == 0:
             return full == head

@@ -4,6 +4,7 @@ import math
 import os
 import random
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -338,7 +339,9 @@ def test_an_answer_that_does_not_pay_its_row_is_not_drafted():
     # 1 ms for 0.5, which is spent, and for 2 and a row of 4
     assert rule.gain(0.1) == pytest.approx(1 - 6.5)
     assert not rule.drafts(0, torch.zeros(2048), torch.tensor(1)) and rule.spent == 10.5
-    rule.learn([1], 0)
+    # it would have been right, as the verification says
+    rule.learn([1], 0, [])
+    assert rule.record.right[0] == pytest.approx(D.MEMORY * 0.1 + 1)
     # the two drafts after this one count, but only where the cap leaves room for them
     for cap, pays in ((16, True), (1, False)):
         rule = by_gain((10.0, 0.5, 5.0, 0.2, [0.0, 1.0], [0.0] * 17), cap=cap)
@@ -393,7 +396,7 @@ def test_rounds_that_save_nothing_end_in_a_rest_whatever_the_record_says():
         assert rule.exits_to_ask(0) == [0] and rounds < 20
         assert rule.drafts(0, torch.zeros(2048), torch.tensor(1))
         assert rule.spent == pytest.approx(13)
-        rule.learn([0, 0], 0)
+        rule.learn([0, 0], 0, [0.0])
         rounds += 1
     # saved: -3, -5.7, .. -14.1 ms after 1, 2, .. 6 rounds, beside 32 times the promise; one more
     assert rounds == 7 and rule.rest == 8 and [rule.exits_to_ask(0) for _ in range(8)] == [[]] * 8
@@ -486,14 +489,54 @@ def test_sampled_output_has_the_full_models_distribution(kind, thresholds, tempe
     assert abs(chi_square(model, DSSD(heads, thresholds, 3), temperature, top_p)) < 4
 
 
-def keep_too_much(p, q, x, choice):
-    return True, x
+def one_by_one(full, drafts, choice, keep=None):
+    """The older accept rule, draft by draft: min(1, p / q), or a wrong chance to keep a draft."""
+    for i, (x, _, q) in enumerate(drafts):
+        p = full[i]
+        if choice.random() >= (keep(p, q)[x] if keep else p[x] / q[x]):
+            return i, choice.draw(p if keep else (p - q).clip(0)), [1.0] * len(drafts)
+    return len(drafts), choice.draw(full[-1]), [1.0] * len(drafts)
 
 
-def keep_by_the_root(p, q, x, choice):
-    if choice.random() < p[x].sqrt():
-        return True, x
-    return False, choice.draw(p)
+def keep_too_much(full, drafts, choice):
+    return one_by_one(full, drafts, choice, lambda p, q: torch.ones_like(p))
+
+
+def keep_by_the_root(full, drafts, choice):
+    return one_by_one(full, drafts, choice, lambda p, q: p.sqrt())
+
+
+@pytest.mark.parametrize("rule, kept", [(one_by_one, 10 / 9), (D.verify, 11 / 9)])
+def test_a_block_keeps_more_than_its_drafts_one_by_one(rule, kept):
+    """Two drafts of a head that always says q, to a model that always says p (Sun et al. 2025)."""
+    p, q, choice = torch.tensor([1 / 3, 2 / 3]), torch.tensor([2 / 3, 1 / 3]), D.Choice(1.0, 1.0, 0)
+    seen, total, n = Counter(), 0, 4000
+    for _ in range(n):
+        drafts = [D.Draft(choice.draw(q), 1, q) for _ in range(2)]
+        stay, token, chances = rule([p] * 3, drafts, choice)
+        # the text of three tokens: what was kept, one drawn, and plain decoding
+        text = [draft.token for draft in drafts[:stay]] + [token]
+        text += [choice.draw(p) for _ in range(3 - len(text))]
+        seen[tuple(text)] += 1
+        total += stay
+        if rule is D.verify:
+            second = 1.0 if drafts[0].token == 0 else 2 / 3
+            assert chances == pytest.approx([2 / 3, second], abs=1e-6)
+    assert total / n == pytest.approx(kept, abs=0.04)
+    chi2 = 0
+    for text in product(range(2), repeat=3):
+        want = n * math.prod(p[x].item() for x in text)
+        chi2 += (seen[text] - want) ** 2 / want
+    assert chi2 < 24.3                                   # 7 degrees of freedom: once in 1,000
+
+
+def test_a_block_of_certain_or_equal_heads_is_kept_or_dropped_whole():
+    choice, p = D.Choice(1.0, 1.0, 0), torch.tensor([0.25, 0.75, 0.0])
+    never, drafts = torch.tensor([0.0, 0.0, 1.0]), [D.Draft(1, 1, p)] * 3
+    for _ in range(50):
+        assert D.verify([p] * 4, drafts, choice)[0] == 3
+        kept, token, chances = D.verify([p] * 3, [D.Draft(2, 1, never)] * 2, choice)
+        assert kept == 0 and token < 2 and chances == [0.0]
 
 
 def test_learning_while_sampling_keeps_the_distribution():
@@ -508,7 +551,7 @@ def test_learning_while_sampling_keeps_the_distribution():
     (keep_too_much, 150), pytest.param(keep_by_the_root, 800, marks=pytest.mark.slow)])
 def test_a_wrong_accept_rule_fails_the_same_test(monkeypatch, wrong, draws):
     model, heads = small()
-    monkeypatch.setattr(D, "keep_or_replace", wrong)
+    monkeypatch.setattr(D, "verify_block", wrong)
     assert chi_square(model, DSSD(heads, (math.inf, None), 3), 1.0, 1.0, draws) > 6
 
 
