@@ -14,7 +14,8 @@ cache. Everything below it computes the same, each (position, block) once.
 
 One level, through the thresholds, stands where LayerSkip has two numbers to tune by hand: the exit
 and the number of drafts. A cap on the drafts remains, as in the authors' code (5 or 10 there, 8
-here). The rows "cap 2, 4, 16" of the table show how little it matters.
+here). The rows "cap 2, 4, 16" of the table show how little it matters. What a draft costs is not
+asked; appendix/gain.py drafts only where that pays.
 
 The frontier. A decoder is a grid of (position, block). The frontier says, for every consulted
 depth, how many positions have reached it. Drafting lets shallow depths run ahead. Verification
@@ -39,20 +40,14 @@ import math
 import os
 import sys
 import time
-from bisect import bisect
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from confidence import MEASURES, is_certain
 from model import InputError, check_numbers, command_line, new_token_limit, seed_number
-
-MEMORY, GUESS = 0.97, 12.0        # a Record keeps this share at every answer; weight of its guess
-RECENT, PROMISES = 0.9, 32        # ByGain keeps this share of recent rounds; weight of the records
-SHORTEST, LONGEST = 8, 64         # a rest of ByGain, in tokens
-AHEAD = 3                         # the draft in question, and the next two
 
 # ---------------------------------------------------------------- policies
 
@@ -66,7 +61,10 @@ class Policy:
     max_draft: int = 0            # drafts per round at most
     final: bool = False           # True: an exit's token is final and never verified
     fill: str = "exact"           # with final: how the skipped depth gets its keys and values
-    costs: tuple = ()             # two Costs: drafts follow from ByGain, not from thresholds
+
+    def rule(self, positions, choice):
+        """What decides when to draft, in a generation of about this many cached positions."""
+        return ByThresholds(self, choice)
 
 
 def Plain():
@@ -98,27 +96,6 @@ def DSSD(heads, thresholds, max_draft=8):
     if max_draft < 1:
         raise InputError("max_draft must be at least 1")
     return Policy("DSSD", heads, tuple(thresholds), max_draft)
-
-
-@dataclass
-class Costs:
-    """Milliseconds on one machine, with this many positions cached: see appendix/tune.py."""
-    positions: int
-    plain: float                  # a step of plain decoding
-    question: float               # to ask an exit, which then does not draft
-    first: float                  # the first draft of a round, from the first exit, with the
-    further: float                # asking, without its row of the verification; each later one
-    deeper: list                  # what a draft from each exit costs more than from the first
-    rows: list                    # what a pass of 1, 2, .. rows to full depth costs more than of 1
-
-
-def AutoDSSD(heads, costs, max_draft=16):
-    """Ours, beside the paper: draft where the expected gain exceeds the costs. See ByGain.
-
-    costs: two Costs, with few and with many positions cached. No round has more drafts than they
-    know rows for.
-    """
-    return replace(DSSD(heads, always(heads, None), max_draft), name="DSSD auto", costs=costs)
 
 
 def always(heads, exit):
@@ -390,24 +367,25 @@ def verify(full, drafts, choice):
 def verify_block(full, drafts, choice):
     """Drafts x_{i+1} ~ q_i against the full model's p_i, as one block (Sun et al. 2025).
 
-    w_i is the chance that the first i drafts are kept, given what they are:
+    w_i is the chance that at least the first i drafts are kept, given what they are:
 
         w_0 = 1        w_{i+1} = min(1, w_i p_i(x_{i+1}) / q_i(x_{i+1}))
 
-    So after i drafts a token x follows as a draft in min(w_i p_i(x), q_i(x)) of all cases. What w_i
-    p_i(x) lacks has to be drawn: max(0, w_i p_i - q_i), of the sum S_i. So S_i is the chance that
-    exactly i drafts are kept. The loop goes through i = 0 .. n, and the last i that wins counts:
+    After these the text must go on with x in w_i p_i(x) of all cases. In min(w_i p_i(x), q_i(x)) it
+    does so by a draft. What is left, max(0, w_i p_i - q_i), has to be drawn. So its sum S_i is the
+    chance that exactly i drafts are kept. i = 0 .. n are tried in turn, and the last to win counts:
 
-        i wins with chance S_i / (S_i + 1 - w_i), and n with w_n
+        i wins with chance S_i / (1 - w_i + S_i)          below: the chance that no later one wins
+        n wins with chance w_n
 
-    One by one (Leviathan et al. 2023), w_{i+1} = w_i min(1, p_i / q_i): a draft that the full model
-    likes better than the head does cannot make up for one that it likes less. So fewer are kept.
+    One by one (Leviathan et al. 2023) is w_{i+1} = w_i min(1, p_i / q_i). There a draft that the
+    full model likes better than the head does cannot make up for one that it likes less.
     """
     weight, kept, rest, chances = 1.0, 0, full[0], []
     for i, (x, _, q) in enumerate(drafts):
         # do exactly i drafts stay?
         left, total = choice.left(weight, full[i], q)                     # (V,), S_i
-        if total and choice.random() * (total + 1 - weight) < total:
+        if total and choice.random() * (1 - weight + total) < total:
             kept, rest = i, left
         # w_{i+1}
         chances.append(1 - total / weight)
@@ -423,9 +401,12 @@ def verify_block(full, drafts, choice):
 
 
 class ByThresholds:
-    """The paper's rule. Every consulted exit is asked, and the first certain one drafts."""
+    """The paper's rule. Every consulted exit is asked, and the first certain one drafts.
 
-    prompt_rows = 1
+    A rule has this attribute and these methods. Another one: appendix/gain.py.
+    """
+
+    prompt_rows = 1               # positions of the prompt for which the full model answers
 
     def __init__(self, policy, choice):
         self.thresholds = [t for t in policy.thresholds if t is not None]
@@ -439,9 +420,11 @@ class ByThresholds:
                 frontier.read(s)
 
     def exits_to_ask(self, drafted):
+        """The exits to ask in turn, with so many drafts pending."""
         return range(len(self.thresholds))
 
     def drafts(self, s, z, answer):
+        """Does exit s draft? It has the logits z (V,), and Choice.of says `answer` of them."""
         # LayerSkip's head is certain whatever it says: then nothing needs to be measured
         threshold = self.thresholds[s]
         if threshold == math.inf:
@@ -449,197 +432,7 @@ class ByThresholds:
         return is_certain(self.choice.uncertainty(self.measure, z), threshold)
 
     def learn(self, full, kept, chances):
-        pass
-
-
-class Record:
-    """What one exit's recent answers were worth, in a few bins of uncertainty.
-
-    The calibrated thresholds bound the bins, and their levels are the first guess of the chances.
-    How often an answer falls into a bin is not guessed: a weak head is never certain.
-    """
-
-    def __init__(self, calibration, m):
-        self.edges, self.right = [], []
-        for level in ("0.98", "0.95", "0.90", "0.80", "0.70", "0.60", "0.50"):
-            threshold = calibration[level][m] if level in calibration else None
-            if threshold is not None and threshold not in self.edges:
-                self.edges.append(threshold)
-                self.right.append(GUESS * float(level))
-        self.right.append(GUESS * 0.3)                    # beyond them all
-        # answers, with the weight of the guess and without; `right` of the former were kept
-        self.seen, self.came = [GUESS] * len(self.right), [1.0] * len(self.right)
-
-    def learn(self, b, chance):
-        """An answer in bin b was kept, or would have been, with this chance."""
-        self.seen = [MEMORY * n for n in self.seen]
-        self.came = [MEMORY * n for n in self.came]
-        self.right = [MEMORY * n for n in self.right]
-        self.seen[b] += 1
-        self.came[b] += 1
-        self.right[b] += chance
-
-    def chance(self, b):
-        """How likely an answer in bin b is kept."""
-        return self.right[b] / self.seen[b]
-
-    def mean(self, value=float):
-        """The mean of value(chance) over all answers: by default, of the chance itself."""
-        weighted = [n * value(self.chance(b)) for b, n in enumerate(self.came)]
-        return sum(weighted) / sum(self.came)
-
-
-def costs_between(few, many, positions):
-    """Costs at this many cached positions, on the line through two measured ones. No cost falls
-    with more positions: measured ones do, by chance."""
-    share = (positions - few.positions) / (many.positions - few.positions)
-
-    def blend(a, b):
-        if isinstance(a, list):
-            return list(map(blend, a, b))
-        return max(0.0, a + share * max(0.0, b - a))
-
-    return Costs(*map(blend, vars(few).values(), vars(many).values()))    # positions, too
-
-
-class ByGain:
-    """Ours. Draft where that saves more time than it costs, and learn while decoding.
-
-    S is the chance that all pending drafts are kept, p the chance of the next one, T the time that
-    a token takes in rounds that ask, at most a plain step. A draft brings S p tokens, worth S p T.
-    This is the expected improvement of Leviathan et al. (2023), draft by draft, as optimal
-    stopping. (The most tokens per second come when time is priced at what it brings elsewhere:
-    Dinkelbach's rule for ratios.) With n drafts pending, the next one costs c_n. Of this a_n is
-    spent once the head was asked:
-
-        c_0 = first + deeper + row_1            a_0 = question
-        c_n = further + deeper + row_(n+1)      a_n = further
-
-    Rows are cheap in pairs or fours. So the next two drafts count as well, as if they were as sure:
-
-        gain(p) = the largest of the sums of 1, 2, 3 terms  S p T - c_n,  S p^2 T - c_(n+1),  ..
-        ask   <=>  gain(p) > 0                  p: the chance of an answer not yet seen; n > 0
-        draft <=>  gain(p) + a_n > 0            p: the chance of this answer
-
-    A round's first question is asked unless the rule rests. It is worth the mean, over all answers,
-    of max(0, gain(p) + a_0), less a_0.
-
-    One exit drafts: the one with the most tokens per second by the prompt's evidence. So a deeper
-    one does where the shallow ones are doubtful too often. (To choose anew for every draft, or to
-    ask a deeper exit after a doubtful answer, brought nothing: the exits doubt the same tokens.)
-    p comes from the exit's Record. Its first evidence is the prompt, then every verification.
-
-    The record knows single answers, not how they follow each other. So recent rounds count as well:
-    if they and the first question's worth together promise no saving, the rule rests after one more
-    round, for 8, 16, 32, 64 tokens.
-
-    The rule looks at the past, at q and at its uncertainty, never at the token drawn.
-    """
-
-    prompt_rows = 32
-
-    def __init__(self, policy, positions, choice):
-        heads = policy.heads
-        self.choice, self.measure = choice, heads.measure
-        self.costs, self.max_draft = costs_between(*policy.costs, positions), policy.max_draft
-        self.records = [Record(heads.calibration, m) for m in range(len(heads.layers))]
-        self.take(0)
-        self.wait, self.rest = SHORTEST, 0
-        # recent rounds that asked: their tokens, and their ms as the costs say
-        self.tokens, self.ms = 8.0, 8 * self.costs.plain
-        # this round: T, drafts, S, a_n, ms so far, (bin, answer) of every question
-        self.token_ms, self.drafted, self.chance = self.costs.plain, 0, 1.0
-        self.ask_ms, self.spent, self.asked = 0.0, 0.0, []
-
-    def take(self, s):
-        """Exit s drafts from now on."""
-        self.exit, self.record, self.draft_ms = s, self.records[s], self.draft_costs(s)
-
-    def draft_costs(self, s):
-        """c_0, c_1, .. of exit s, in ms."""
-        rows = self.costs.rows[:self.max_draft + 1]
-        drafts = [self.costs.further + self.costs.deeper[s] + more - less
-                  for less, more in zip(rows, rows[1:])]
-        drafts[0] += self.costs.first - self.costs.further
-        return drafts
-
-    def read_prompt(self, frontier, full):
-        """The first evidence: what every exit would have said at the prompt's last positions."""
-        for s, record in enumerate(self.records):
-            z = frontier.ask(s, len(full))                                # (n, V)
-            chances = self.choice.chance_kept(full, self.choice.of(z))    # (n,)
-            uncertainty = self.choice.uncertainty(self.measure, z)        # (n,)
-            for u, chance in zip(uncertainty.tolist(), chances.tolist()):
-                record.learn(bisect(record.edges, u), chance)
-        rates = [self.rate(s) for s in range(len(self.records))]
-        self.take(rates.index(max(rates)))
-
-    def rate(self, s):
-        """Tokens per ms of the best number of drafts from exit s, all of the usual chance."""
-        p = self.records[s].mean()
-        tokens, ms, best = 1.0, self.costs.plain, 0.0
-        for n, draft in enumerate(self.draft_costs(s), 1):
-            tokens += p ** n
-            ms += draft
-            best = max(best, tokens / ms)
-        return best
-
-    def exits_to_ask(self, drafted):
-        """The exit, if it is worth asking: a list of one, or of none."""
-        self.drafted = drafted
-        if drafted:
-            self.ask_ms = self.costs.further
-            return [self.exit] if self.gain(self.record.mean()) > 0 else []
-        # a new round
-        self.chance, self.spent = 1.0, self.costs.plain
-        if self.rest:
-            self.rest -= 1
-            return []
-        self.token_ms = min(self.costs.plain, self.ms / self.tokens)
-        self.ask_ms = self.costs.question
-        self.rest_unless_it_pays()                        # asks all the same, once more
-        return [self.exit]
-
-    def gain(self, p):
-        """What a draft of chance p saves, in ms, with up to two more that are as sure."""
-        kept, total, best = self.chance, 0.0, -math.inf
-        for draft in self.draft_ms[self.drafted:self.drafted + AHEAD]:
-            kept *= p
-            total += kept * self.token_ms - draft
-            best = max(best, total)
-        return best
-
-    def rest_unless_it_pays(self):
-        """Rest after this round, longer each time, unless recent rounds and the record pay."""
-        value = self.record.mean(lambda p: max(0.0, self.gain(p) + self.ask_ms)) - self.ask_ms
-        saved = self.tokens * self.costs.plain - self.ms
-        if saved + PROMISES * value > 0:
-            self.wait = SHORTEST
-        else:
-            self.rest, self.wait = self.wait, min(2 * self.wait, LONGEST)
-
-    def drafts(self, s, z, answer):
-        u = self.choice.uncertainty(self.measure, z).item()
-        b = bisect(self.record.edges, u)
-        p = self.record.chance(b)
-        drafts = self.gain(p) + self.ask_ms > 0
-        self.chance *= p
-        self.spent += self.draft_ms[self.drafted] if drafts else self.ask_ms
-        self.asked.append((b, answer))
-        return drafts
-
-    def learn(self, full, kept, chances):
-        """A verification: of each answer after a right beginning, how likely was it kept?"""
-        if self.asked:
-            self.tokens = RECENT * self.tokens + kept + 1
-            self.ms = RECENT * self.ms + self.spent
-        for (b, _), chance in zip(self.asked[:kept + 1], chances):
-            self.record.learn(b, chance)
-        # the last answer, if it did not draft
-        if kept == len(chances) < len(self.asked):
-            b, answer = self.asked[-1]
-            self.record.learn(b, float(self.choice.chance_kept(full[kept], answer)))
-        self.asked = []
+        """Nothing is learned from the full model's answers and what `verify` says."""
 
 
 # ---------------------------------------------------------------- the loop
@@ -650,9 +443,7 @@ def decode(model, ids, limit, policy, choice, stop, log):
     """One generation of `limit` tokens at most. Yields (token, depth that produced it)."""
     L = model.config.num_hidden_layers
     frontier = Frontier(model, policy, len(ids) + limit, log)
-    rule = ByThresholds(policy, choice)
-    if policy.costs:
-        rule = ByGain(policy, len(ids) + limit // 2, choice)
+    rule = policy.rule(len(ids) + limit // 2, choice)
     # the prompt goes to full depth and gives the first token; heads with a memory read it
     log.prompt = len(ids)
     frontier.enter(ids)

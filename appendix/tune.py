@@ -1,4 +1,4 @@
-"""Side room: what drafting costs on this machine, as dssd.AutoDSSD weighs it.
+"""Side room: what drafting costs on this machine, as appendix/gain.py weighs it.
 
 Whether a draft pays depends on the machine. So a few policies decode, and the clock is read:
 
@@ -15,7 +15,7 @@ A first draft costs more than a later one: it splits the pass to full depth. A d
 exit costs more by the blocks up to there. Rows cost little up to a point: then a library's kernel
 has to read the weights a second time. What the text says does not matter, so the prompt is one
 token, repeated. Attention reads every cached position. Costs are therefore measured twice, with few
-positions cached and with many, and dssd.py takes the line between.
+positions cached and with many, and the rule takes the line between.
 
     python -m appendix.tune             the costs, and what acceptance a first draft then needs
     python -m appendix.tune --hard      then DSSD auto beside Plain on texts that are hard to draft
@@ -32,7 +32,8 @@ from statistics import fmean, median
 import torch
 
 from appendix.fast import fast, least_ms
-from dssd import DSSD, AutoDSSD, Costs, Log, Plain, generate, stream, summarize
+from appendix.gain import AutoDSSD, Costs
+from dssd import DSSD, Log, Plain, generate, stream, summarize
 from heads import FAST, load_model, model_options
 from model import InputError, command_line
 

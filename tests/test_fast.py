@@ -11,9 +11,10 @@ import torch
 import appendix.fast as room
 from appendix import small
 from appendix.fast import FusedHeads, PackedProduct, Product, fast, packs
+from appendix.gain import AutoDSSD, Costs
 from appendix.small import PanelProduct, Small, SmallChoice
 from conftest import TOY, assert_refused, call, shaken, tiny
-from dssd import DSSD, AutoDSSD, Choice, Costs, EarlyExit, LayerSkip, Plain, generate
+from dssd import DSSD, Choice, EarlyExit, LayerSkip, Plain, generate
 from heads import KINDS, ExitHeads, held_out_prompts
 from model import InputError, Pythia, sample
 

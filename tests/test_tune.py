@@ -5,8 +5,9 @@ import pytest
 
 import appendix.tune as T
 from appendix.fast import fast
+from appendix.gain import AutoDSSD
 from conftest import assert_refused, call, shaken, tiny
-from dssd import AutoDSSD, Plain, generate
+from dssd import Plain, generate
 from heads import ExitHeads
 from model import TOY
 from test_dssd import silence
