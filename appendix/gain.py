@@ -49,7 +49,7 @@ from dataclasses import dataclass
 
 from dssd import DSSD, Policy, always
 
-MEMORY = 0.97                     # what a Record keeps of its evidence at every answer
+MEMORY = 0.97                     # an answer's weight in a Record, beside the next one's
 GUESS = 12.0                      # the weight of its first guess, in answers
 RECENT = 0.9                      # what ByGain keeps of its recent rounds at every round
 PROMISES = 32                     # the weight of the record's promise, in rounds
@@ -101,15 +101,14 @@ class Record:
         self.right.append(GUESS * 0.3)                    # beyond them all
         # answers, with the weight of the guess and without; `right` of the former were kept
         self.seen, self.came = [GUESS] * len(self.right), [1.0] * len(self.right)
+        self.weight = 1.0                                 # of the newest answer
 
     def learn(self, b, chance):
         """An answer in bin b was kept, or would have been, with this chance."""
-        self.seen = [MEMORY * n for n in self.seen]
-        self.came = [MEMORY * n for n in self.came]
-        self.right = [MEMORY * n for n in self.right]
-        self.seen[b] += 1
-        self.came[b] += 1
-        self.right[b] += chance
+        self.weight /= MEMORY                             # so all older ones weigh less beside it
+        self.seen[b] += self.weight
+        self.came[b] += self.weight
+        self.right[b] += self.weight * chance
 
     def chance(self, b):
         """How likely an answer in bin b is kept."""

@@ -111,7 +111,7 @@ def test_an_answer_that_does_not_pay_its_row_is_not_drafted():
     assert not rule.drafts(0, torch.zeros(2048), torch.tensor(1)) and rule.spent == 10.5
     # it would have been right, as the verification says
     rule.learn([1], 0, [])
-    assert rule.record.right[0] == pytest.approx(MEMORY * 0.1 + 1)
+    assert rule.record.chance(0) == pytest.approx((MEMORY * 0.1 + 1) / (MEMORY + 1))
     # the two drafts after this one count, but only where the cap leaves room for them
     for cap, pays in ((16, True), (1, False)):
         rule = by_gain((10.0, 0.5, 5.0, 0.2, [0.0, 1.0], [0.0] * 17), cap=cap)
