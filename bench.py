@@ -18,8 +18,8 @@ flatters every speculative method. So the share of distinct 4-grams is printed, 
 (temperature 0.8) stands beside the greedy one.
 
 LayerSkip is tuned by hand: an exit, a number of drafts. Its whole grid runs, and its best stands
-in the table. "DSSD auto" drafts where the expected gain exceeds the costs that appendix/tune.py
-measures on this machine. Model and heads are the fast twins of appendix/fast.py.
+in the table. "DSSD auto" (appendix/gain.py) drafts where the expected gain exceeds the costs that
+appendix/tune.py measures on this machine. Model and heads are the fast twins of appendix/fast.py.
 
     python bench.py                                 the toy and its fast heads
     python bench.py --heads toy/heads.safetensors   the paper's heads

@@ -14,8 +14,8 @@ cache. Everything below it computes the same, each (position, block) once.
 
 One level, through the thresholds, stands where LayerSkip has two numbers to tune by hand: the exit
 and the number of drafts. A cap on the drafts remains, as in the authors' code (5 or 10 there, 8
-here). The rows "cap 2, 4, 16" of the table show how little it matters. What a draft costs is not
-asked; appendix/gain.py drafts only where that pays.
+here). The rows "cap 2, 4, 16" of the table show how little it matters. The cost of
+a draft plays no part. In appendix/gain.py, ours, it decides.
 
 The frontier. A decoder is a grid of (position, block). The frontier says, for every consulted
 depth, how many positions have reached it. Drafting lets shallow depths run ahead. Verification
@@ -329,10 +329,10 @@ class Choice:
         """A measure of confidence.MEASURES of logits (..., V) -> (...)."""
         return MEASURES[measure](logits)
 
-    def left(self, weight, p, q):
+    def residual(self, weight, p, q):
         """max(0, weight p - q) of probabilities (V,), and its sum."""
-        rest = (weight * p - q).clip(0)
-        return rest, rest.sum().item()
+        residual = (weight * p - q).clip(0)
+        return residual, residual.sum().item()
 
     def chance_kept(self, full, head):
         """How likely a first draft is kept; answers of `of` -> (...). Greedy: bools."""
@@ -354,7 +354,8 @@ def propose(frontier, rule, drafted, choice):
 def verify(full, drafts, choice):
     """The accept rule. The full model's n + 1 answers at n drafts -> (kept, next token, chances).
 
-    chances: how likely each draft was to be kept after those before it, up to the first rejected.
+    chances: how likely each draft was to be kept, given that those before it were. Greedy: bools.
+    Only the first kept + 1 mean anything.
     """
     if choice.temperature > 0:
         return verify_block(full, drafts, choice)
@@ -365,36 +366,38 @@ def verify(full, drafts, choice):
 
 
 def verify_block(full, drafts, choice):
-    """Drafts x_{i+1} ~ q_i against the full model's p_i, as one block (Sun et al. 2025).
+    """Sampled drafts, verified as one block (Sun et al. 2025, arXiv 2403.10444) -> as verify.
 
-    w_i is the chance that at least the first i drafts are kept, given what they are:
+    x_{i+1} was drawn from the head's q_i, and the full model says p_i there. w_i is the chance that
+    at least the first i drafts are kept, given what they are:
 
         w_0 = 1        w_{i+1} = min(1, w_i p_i(x_{i+1}) / q_i(x_{i+1}))
 
-    After these the text must go on with x in w_i p_i(x) of all cases. In min(w_i p_i(x), q_i(x)) it
-    does so by a draft. What is left, max(0, w_i p_i - q_i), has to be drawn. So its sum S_i is the
-    chance that exactly i drafts are kept. i = 0 .. n are tried in turn, and the last to win counts:
+    After them the text must go on with x in w_i p_i(x) of all cases. A draft can supply
+    min(w_i p_i(x), q_i(x)) of these. The residual, max(0, w_i p_i - q_i), has to be drawn. So its
+    sum S_i is the chance that exactly i drafts are kept. All i are tried in turn, and the last to
+    win counts:
 
-        i wins with chance S_i / (1 - w_i + S_i)          below: the chance that no later one wins
-        n wins with chance w_n
+        i < n wins with chance S_i / (1 - w_i + S_i)      the denominator: no later one wins
+        n     wins with chance w_n
 
     One by one (Leviathan et al. 2023) is w_{i+1} = w_i min(1, p_i / q_i). There a draft that the
     full model likes better than the head does cannot make up for one that it likes less.
     """
-    weight, kept, rest, chances = 1.0, 0, full[0], []
+    weight, kept, source, chances = 1.0, 0, full[0], []
     for i, (x, _, q) in enumerate(drafts):
         # do exactly i drafts stay?
-        left, total = choice.left(weight, full[i], q)                     # (V,), S_i
-        if total and choice.random() * (1 - weight + total) < total:
-            kept, rest = i, left
+        residual, total = choice.residual(weight, full[i], q)             # (V,), S_i
+        if choice.random() * (1 - weight + total) < total:
+            kept, source = i, residual
         # w_{i+1}
-        chances.append(1 - total / weight)
+        chances.append(max(0.0, 1 - total / weight))
         weight = min(1.0, float(weight * full[i][x] / q[x]))
         if not weight:
             break
     if choice.random() < weight:
-        kept, rest = len(drafts), full[-1]
-    return kept, choice.draw(rest), chances
+        kept, source = len(drafts), full[-1]
+    return kept, choice.draw(source), chances
 
 
 # ---------------------------------------------------------------- when to draft
@@ -554,7 +557,7 @@ class Summary:
     """
     emitted: int                  # new tokens, the prefill's first ones included
     drafted: int
-    accepted: int                 # drafts kept: all before the first mismatch
+    accepted: int                 # drafts kept (greedy: before the first mismatch)
     wasted: int                   # drafted - accepted
     rounds: int                   # verifications
     acceptance: float             # accepted / drafted

@@ -16,6 +16,9 @@ next one costs c_n. Of this a_n is spent once the head was asked:
     c_0 = first + deeper + row_1            a_0 = question
     c_n = further + deeper + row_(n+1)      a_n = further
 
+first, further, deeper and question are fields of Costs. row_k is what the k-th further row of the
+verification adds: rows[k] - rows[k - 1].
+
 The rule. Rows are cheap in pairs or fours. So the next two drafts count as well, as if they were
 as sure:
 
@@ -99,9 +102,9 @@ class Record:
                 self.edges.append(threshold)
                 self.right.append(GUESS * float(level))
         self.right.append(GUESS * 0.3)                    # beyond them all
-        # answers, with the weight of the guess and without; `right` of the former were kept
+        # by bin: answers, those of them that were kept, both with the guess; answers without it
         self.seen, self.came = [GUESS] * len(self.right), [1.0] * len(self.right)
-        self.weight = 1.0                                 # of the newest answer
+        self.weight = 1.0                                 # of the newest: overflows after 23,000
 
     def learn(self, b, chance):
         """An answer in bin b was kept, or would have been, with this chance."""
@@ -162,10 +165,10 @@ class ByGain:
     def draft_costs(self, s):
         """c_0, c_1, .. of exit s, in ms."""
         rows = self.costs.rows[:self.max_draft + 1]
-        drafts = [self.costs.further + self.costs.deeper[s] + more - less
-                  for less, more in zip(rows, rows[1:])]
-        drafts[0] += self.costs.first - self.costs.further
-        return drafts
+        ms = [self.costs.further + self.costs.deeper[s] + more - less
+              for less, more in zip(rows, rows[1:])]
+        ms[0] += self.costs.first - self.costs.further
+        return ms
 
     def read_prompt(self, frontier, full):
         """The first evidence: what every exit would have said at the prompt's last positions."""
@@ -223,23 +226,24 @@ class ByGain:
             self.rest, self.wait = self.wait, min(2 * self.wait, LONGEST)
 
     def drafts(self, s, z, answer):
+        """Does this answer pay?"""
         u = self.choice.uncertainty(self.measure, z).item()
         b = bisect(self.record.edges, u)
         p = self.record.chance(b)
-        drafts = self.gain(p) + self.ask_ms > 0
+        pays = self.gain(p) + self.ask_ms > 0
         self.chance *= p
-        self.spent += self.draft_ms[self.drafted] if drafts else self.ask_ms
+        self.spent += self.draft_ms[self.drafted] if pays else self.ask_ms
         self.asked.append((b, answer))
-        return drafts
+        return pays
 
     def learn(self, full, kept, chances):
-        """A verification: of each answer after a right beginning, how likely was it kept?"""
+        """A verification: how likely was an answer kept, given that all before it were?"""
         if self.asked:
             self.tokens = RECENT * self.tokens + kept + 1
             self.ms = RECENT * self.ms + self.spent
         for (b, _), chance in zip(self.asked[:kept + 1], chances):
             self.record.learn(b, chance)
-        # the last answer, if it did not draft
+        # the last answer, if it did not draft: as a first draft, so a little low after others
         if kept == len(chances) < len(self.asked):
             b, answer = self.asked[-1]
             self.record.learn(b, float(self.choice.chance_kept(full[kept], answer)))

@@ -168,9 +168,9 @@ class SmallChoice(Choice):
         u = negative_margin(logits.numpy())
         return u if u <= 0 else np.float32(np.inf)                        # NaN is never certain
 
-    def left(self, weight, p, q):
-        rest = np.maximum(weight * p - q, 0)
-        return rest, float(np.add.reduce(rest))
+    def residual(self, weight, p, q):
+        residual = np.maximum(weight * p - q, 0)
+        return residual, float(np.add.reduce(residual))
 
     def chance_kept(self, full, head):
         if self.temperature == 0:

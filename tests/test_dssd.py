@@ -344,28 +344,44 @@ def keep_by_the_root(full, drafts, choice):
     return one_by_one(full, drafts, choice, lambda p, q: p.sqrt())
 
 
-@pytest.mark.parametrize("rule, kept", [(one_by_one, 10 / 9), (D.verify, 11 / 9)])
-def test_a_block_keeps_more_than_its_drafts_one_by_one(rule, kept):
-    """Two drafts of a head that always says q, to a model that always says p (Sun et al. 2025)."""
-    p, q, choice = torch.tensor([1 / 3, 2 / 3]), torch.tensor([2 / 3, 1 / 3]), D.Choice(1.0, 1.0, 0)
-    seen, total, n = Counter(), 0, 4000
+class Unweighted(D.Choice):
+    def residual(self, weight, p, q):
+        return super().residual(1.0, p, q)
+
+
+def two_drafts(rule, choice, n=10000):
+    """Two drafts of a head that always says q, for a model that always says p, n times -> (kept on
+    average, chi-square of the first three tokens)."""
+    p, q = torch.tensor([0.4, 0.4, 0.2]), torch.tensor([0.8, 0.1, 0.1])
+    seen, total = Counter(), 0
     for _ in range(n):
         drafts = [D.Draft(choice.draw(q), 1, q) for _ in range(2)]
-        stay, token, chances = rule([p] * 3, drafts, choice)
-        # the text of three tokens: what was kept, one drawn, and plain decoding
-        text = [draft.token for draft in drafts[:stay]] + [token]
+        kept, token, chances = rule([p] * 3, drafts, choice)
+        # what was kept, what was drawn, and plain decoding
+        text = [draft.token for draft in drafts[:kept]] + [token]
         text += [choice.draw(p) for _ in range(3 - len(text))]
         seen[tuple(text)] += 1
-        total += stay
-        if rule is D.verify:
-            second = 1.0 if drafts[0].token == 0 else 2 / 3
-            assert chances == pytest.approx([2 / 3, second], abs=1e-6)
-    assert total / n == pytest.approx(kept, abs=0.04)
+        total += kept
+        if rule is D.verify and type(choice) is D.Choice:
+            # after the token 0 with w_1 = 0.5, else with 1
+            assert chances == pytest.approx([0.6, 0.6 if drafts[0].token else 0.8], abs=1e-6)
     chi2 = 0
-    for text in product(range(2), repeat=3):
+    for text in product(range(3), repeat=3):
         want = n * math.prod(p[x].item() for x in text)
         chi2 += (seen[text] - want) ** 2 / want
-    assert chi2 < 24.3                                   # 7 degrees of freedom: once in 1,000
+    return total / n, chi2
+
+
+@pytest.mark.parametrize("rule, kept", [(one_by_one, 0.96), (D.verify, 1.04)])
+def test_a_block_keeps_more_than_its_drafts_one_by_one(rule, kept):
+    average, chi2 = two_drafts(rule, D.Choice(1.0, 1.0, 0))
+    # one by one: 0.6 + 0.6^2. As a block: 0.6, and 0.8 w_1 0.8 + 0.2 0.6
+    assert average == pytest.approx(kept, abs=0.03)
+    assert chi2 < 54.1                                   # 26 degrees of freedom: once in 1,000
+
+
+def test_a_residual_without_its_weight_fails_the_same_test():
+    assert two_drafts(D.verify, Unweighted(1.0, 1.0, 0))[1] > 80
 
 
 def test_a_block_of_certain_or_equal_heads_is_kept_or_dropped_whole():

@@ -1,11 +1,15 @@
 """The course: what it names exists, every exercise has its folded answer, and the answers are code.
 """
 import importlib
+import math
 import re
+import sys
+from types import ModuleType
 
 import pytest
 
-from conftest import ROOT, run
+import dssd
+from conftest import ROOT, run, shaken, tiny
 from test_house import CHAPTERS
 
 PAGE = (ROOT / "appendix" / "exercises.md").read_text("utf-8")
@@ -60,15 +64,23 @@ def test_the_answers_compile_and_are_short():
         assert 5 <= len([line for line in code.splitlines() if line]) <= 30, text[:40]
 
 
-def test_the_change_to_a_chapter_still_fits_it():
-    """The lines around the veto stand in dssd.py, once and together, and with it the chapter
-    compiles."""
+def test_the_change_to_a_chapter_still_fits_it(monkeypatch):
+    """The lines around the veto stand in dssd.py, once and together, and with it the text is the
+    same."""
     lines = blocks(PAGE, "diff")[0].splitlines()
     old = "\n".join(line[1:] for line in lines if line[0] == " ")
     new = "\n".join(line[1:] for line in lines)
     chapter = (ROOT / "dssd.py").read_text("utf-8")
     assert chapter.count(old) == 1
-    compile(chapter.replace(old, new), "dssd.py", "exec")
+    changed = ModuleType("changed")
+    monkeypatch.setitem(sys.modules, "changed", changed)
+    exec(compile(chapter.replace(old, new), "dssd.py", "exec"), vars(changed))
+    model = tiny()
+    veto = changed.Policy("veto", shaken(model), (math.inf, None, -math.inf), 8)
+    out = changed.generate(model, [1, 2, 3], 30, veto)
+    assert out.tokens == dssd.generate(model, [1, 2, 3], 30, dssd.Plain()).tokens
+    # where the exit at depth 3 vetoes, fewer drafts are left than the 8 that depth 1 made
+    assert {drafts for drafts, _ in out.log.rounds} - {8}
 
 
 @pytest.mark.slow

@@ -157,9 +157,9 @@ def test_a_small_models_choices_are_those_of_tensors(temperature, top_p):
     assert np.allclose(chances, plain.chance_kept(want, want.roll(1, 0)), atol=1e-5)
     if temperature:
         for p, q in zip(want, want.roll(1, 0)):
-            rest, total = arrays.left(0.7, p.numpy(), q.numpy())
-            rest_too, total_too = plain.left(0.7, p, q)
-            assert np.allclose(rest, rest_too) and total == pytest.approx(total_too, abs=1e-6)
+            residual, total = arrays.residual(0.7, p.numpy(), q.numpy())
+            residual_too, total_too = plain.residual(0.7, p, q)
+            assert np.allclose(residual, residual_too) and total == pytest.approx(total_too, abs=1e-6)
     singles = zip(logits, plain.each(want), arrays.each(got), strict=True)
     for z, of_all, of_all_too in singles:
         a, b = plain.of(z), arrays.of(z)

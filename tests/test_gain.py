@@ -119,6 +119,23 @@ def test_an_answer_that_does_not_pay_its_row_is_not_drafted():
         assert (rule.gain(0.42) > 0) == pays and len(rule.draft_ms) == cap
 
 
+def test_what_verification_says_is_learned_up_to_the_first_rejected():
+    for full, kept, chances, learned in (
+            # the third answer did not draft, and would have been right
+            ([5, 6, 7], 2, [0.9, 0.4], [(0, 0.9), (1, 0.4), (0, 1.0)]),
+            # the second draft was rejected: nobody has judged the third
+            ([5, 6, 7, 8], 1, [0.9, 0.4, 0.7], [(0, 0.9), (1, 0.4)])):
+        rule = by_gain((10.0, 0.5, 2.5, 3.0, [0.0, 1.0], [0.0] * 17), **{"0.90": [1.0, 1.0]})
+        expected = by_gain((10.0, 0.5, 2.5, 3.0, [0.0, 1.0], [0.0] * 17), **{"0.90": [1.0, 1.0]})
+        for b, chance in learned:
+            expected.record.learn(b, chance)
+        rule.asked, rule.spent = [(0, 5), (1, 6), (0, 7)], 15.0
+        rule.learn(full, kept, chances)
+        assert vars(rule.record) == vars(expected.record)
+        assert rule.tokens == pytest.approx(8 * 0.9 + kept + 1) and rule.asked == []
+        assert rule.ms == pytest.approx(80 * 0.9 + 15)
+
+
 def certain(p, V=2048):
     """Logits (V,) of a head that gives one token the probability p."""
     z = torch.full((V,), math.log((1 - p) / (V - 1)))
