@@ -18,7 +18,7 @@ token, repeated. Attention reads every cached position. Costs are therefore meas
 positions cached and with many, and the rule takes the line between.
 
     python -m appendix.tune             the costs, and what acceptance a first draft then needs
-    python -m appendix.tune --hard      then DSSD auto beside Plain on texts that are hard to draft
+    python -m appendix.tune --hard      then DSSD auto, Plain and a fixed LayerSkip on hard texts
 Expect on the toy a question to cost 0.2 of a plain step, a first draft 0.5, and a later one less
 than 0.4.
 """
@@ -33,7 +33,7 @@ import torch
 
 from appendix.fast import fast, least_ms
 from appendix.gain import AutoDSSD, Costs
-from dssd import DSSD, Log, Plain, generate, stream, summarize
+from dssd import DSSD, LayerSkip, Log, Plain, generate, stream, summarize
 from heads import FAST, load_model, model_options
 from model import InputError, command_line
 
@@ -145,39 +145,44 @@ def hard_texts(tokenizer, text):
 
 
 def hard(decoder, twins, tokenizer, text, prompts, repeats):
-    """Print a line for each of HARD: DSSD auto beside Plain, in turn on every prompt."""
+    """Print a line for each of HARD: DSSD auto beside Plain and a fixed LayerSkip, in turn."""
     texts, (_, new) = hard_texts(tokenizer, text), text.fit(64, 96)
+    fixed = LayerSkip(twins, twins.layers[0], MORE)
     policies = {bool(t): automatic(decoder, twins, t) for t in (0.0, 0.8)}
-    print(f"{prompts} prompts x {new} tokens, the fastest of {repeats} repeats each\n"
-          f"{'text':<8}{'prompt':>8}{'temperature':>13}{'Plain ms':>10}{'x Plain':>9}"
+    print(f"{prompts} prompts x {new} tokens, the fastest of {repeats} repeats each; x Plain of "
+          f"{fixed.name} and of DSSD auto, then what DSSD auto did\n"
+          f"{'text':<8}{'prompt':>8}{'temperature':>13}{'Plain ms':>10}{'fixed':>7}{'auto':>6}"
           f"{'acceptance':>12}{'tokens/round':>14}  tokens by depth")
     for name, length, temperature in HARD:
         length = min(length, text.context - new)
         step = (len(texts[name]) - length) // prompts
         cut = [texts[name][i * step:i * step + length] for i in range(prompts)]
-        pair = Plain(), policies[bool(temperature)]
-        plain_ms, auto_ms, done = in_turn(decoder, pair, cut, new, temperature, repeats)
-        s = summarize(pair[1], done)
+        auto = policies[bool(temperature)]
+        (plain_ms, fixed_ms, auto_ms), done = in_turn(decoder, (Plain(), fixed, auto), cut, new,
+                                                      temperature, repeats)
+        s = summarize(auto, done)
         depths = ", ".join(f"{depth}: {n}" for depth, n in sorted(s.exits.items()))
-        print(f"{name:<8}{length:>8}{temperature:>13}{plain_ms:>10.2f}{plain_ms / auto_ms:>9.2f}"
-              f"{s.acceptance:>12.2f}{s.tau:>14.2f}  {depths}".replace("nan", "  -"), flush=True)
+        line = (f"{name:<8}{length:>8}{temperature:>13}{plain_ms:>10.2f}"
+                f"{plain_ms / fixed_ms:>7.2f}{plain_ms / auto_ms:>6.2f}"
+                f"{s.acceptance:>12.2f}{s.tau:>14.2f}  {depths}")
+        print(line.replace("nan", "  -"), flush=True)
 
 
-def in_turn(decoder, pair, prompts, new, temperature, repeats):
-    """Milliseconds per token of two policies, and what the second wrote.
+def in_turn(decoder, policies, prompts, new, temperature, repeats):
+    """Milliseconds per token of each policy, and what the last one wrote.
 
     Of every prompt's repeats the fastest counts: a machine that is shared is slow at times.
     """
-    spent, done = [0.0, 0.0], []
+    spent, done = [0.0] * len(policies), []
     for seed, ids in enumerate(prompts):
-        fastest = [math.inf] * 2
+        fastest = [math.inf] * len(policies)
         for _ in range(repeats):
-            for i, policy in enumerate(pair):
+            for i, policy in enumerate(policies):
                 out = generate(decoder, ids, new, policy, temperature=temperature, seed=seed)
                 fastest[i] = min(fastest[i], 1000 * out.decode_seconds / (len(out.tokens) - 1))
         spent = [a + b / len(prompts) for a, b in zip(spent, fastest)]
         done.append(out)
-    return *spent, done
+    return spent, done
 
 
 def main():

@@ -75,3 +75,15 @@ def test_command_line(monkeypatch):
     assert "1024 positions cached" in out and "pays alone from p = " in out
     assert_refused(call(T, "--repeats", 0), "--repeats")
     assert_refused(call(T, "--heads", TOY / "config.json"), "cannot be read as a heads file")
+
+
+@pytest.mark.slow
+def test_hard_texts_on_the_command_line(monkeypatch):
+    monkeypatch.setattr(T, "LONGEST", 0.2)
+    status, out, errors = call(T, "--hard", "--prompts", 1, "--repeats", 1)
+    assert status == 0, errors
+    rows = [line.split() for line in out.splitlines() if line.startswith(("code", "Eng", "random"))]
+    assert [(name, int(n), float(t)) for name, n, t, *_ in rows] == list(T.HARD)
+    for row in rows:
+        assert all(0.2 < float(ratio) < 5 for ratio in row[4:6])
+        assert sum(int(n.strip(",")) for n in row[9::2]) == 96
