@@ -149,7 +149,9 @@ class ByGain:
         heads = policy.heads
         self.choice, self.measure = choice, heads.measure
         self.costs, self.max_draft = costs_between(*policy.costs, positions), policy.max_draft
-        self.records = [Record(heads.calibration, m) for m in range(len(heads.layers))]
+        exits = range(len(heads.layers))
+        self.records = [Record(heads.calibration, m) for m in exits]
+        self.exits_ms = [self.draft_costs(s) for s in exits]
         self.take(0)
         self.wait, self.rest = SHORTEST, 0
         # recent rounds that asked: their tokens, and their ms as the costs say
@@ -160,7 +162,7 @@ class ByGain:
 
     def take(self, s):
         """Exit s drafts from now on."""
-        self.exit, self.record, self.draft_ms = s, self.records[s], self.draft_costs(s)
+        self.exit, self.record, self.draft_ms = s, self.records[s], self.exits_ms[s]
 
     def draft_costs(self, s):
         """c_0, c_1, .. of exit s, in ms."""
@@ -185,7 +187,7 @@ class ByGain:
         """Tokens per ms of the best number of drafts from exit s, all of the usual chance."""
         p = self.records[s].mean()
         tokens, ms, best = 1.0, self.costs.plain, 0.0
-        for n, draft in enumerate(self.draft_costs(s), 1):
+        for n, draft in enumerate(self.exits_ms[s], 1):
             tokens += p ** n
             ms += draft
             best = max(best, tokens / ms)

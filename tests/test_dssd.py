@@ -51,6 +51,14 @@ class Counted:
         del self.model.run
 
 
+def logged(log):
+    """How often every (position, block) was computed, as the log says."""
+    times = Counter()
+    for first, end, start, last in log.passes:
+        times.update((p, b) for p in range(first, end) for b in range(start, last))
+    return times
+
+
 # --------------------------------------------------------------- the definition, and plain decoding
 
 
@@ -107,11 +115,8 @@ def test_lossless_and_nothing_computed_twice(kind, trials):
                 out = generate(model, ids, n, policy, stop=stop)
             s = summarize(policy, [out])
             assert out.tokens == plain.tokens, (trial, policy)
-            by_log = Counter()
-            for first, end, start, last in out.log.passes:
-                by_log.update((p, b) for p in range(first, end) for b in range(start, last))
             # the log tells what was run
-            assert counted.times == by_log
+            assert counted.times == logged(out.log)
             # position by position: how often a token there was rejected and replaced
             again, at = Counter(), len(ids)
             for drafts, kept in out.log.rounds:

@@ -1,7 +1,6 @@
 """DSSD auto: the rule by hand, lossless, nothing twice, the full model's distribution."""
 import math
 import random
-from collections import Counter
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from conftest import shaken, tiny
 from dssd import Choice, Plain, generate, summarize
 from heads import KINDS, ExitHeads
 from model import InputError
-from test_dssd import Counted, chi_square, silence, small
+from test_dssd import Counted, chi_square, logged, silence, small
 
 
 def priced(plain, question, draft, exits=3):
@@ -31,10 +30,7 @@ def test_drafts_that_follow_the_gain_are_lossless_and_nothing_is_computed_twice(
         policy = AutoDSSD(heads, priced(4.0, 0.1, rnd.uniform(0.1, 0.6)), rnd.randint(1, 9))
         with Counted(model) as counted:
             out = generate(model, ids, 40, policy)
-        by_log = Counter()
-        for first, end, start, last in out.log.passes:
-            by_log.update((p, b) for p in range(first, end) for b in range(start, last))
-        assert counted.times == by_log
+        assert counted.times == logged(out.log)
         assert out.tokens == generate(model, ids, 40, Plain()).tokens
         drafted += summarize(policy, [out]).drafted
     assert drafted > 10
